@@ -1,0 +1,27 @@
+PYTHON ?= python3
+RECIPE ?= recipes/tiny-cpu.yaml
+BIN := .venv/bin
+
+.PHONY: setup train test quality clean
+
+setup: .venv/installed  ## make .venv with the tested versions
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Mini-R1 needs Python 3.11 or newer; try: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+train: setup  ## teach a model with RECIPE; run it again to resume
+	$(BIN)/mini-r1 train $(RECIPE)
+
+test: setup  ## all tests that this machine can run, the quick ones first
+	$(BIN)/python -m pytest
+
+quality: setup  ## lint and format check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## remove the environment and caches; runs/ stays
+	rm -rf .venv build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,8 @@
+"""Train a model on Countdown with GRPO: python scripts/run_r1_grpo.py --config RECIPE [--key value ...], or under accelerate launch."""
+
+import sys
+
+from mini_r1.cli import train_script
+
+if __name__ == "__main__":
+    sys.exit(train_script())

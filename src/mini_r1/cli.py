@@ -1,0 +1,184 @@
+"""`mini-r1 ...`: thin; every command imports what it needs only when it runs.
+
+Exit codes: 0 done, 1 failed, 2 bad input (one clear line, no traceback).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mini_r1 import InputError, __version__
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest and args.command is not train:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    args.overrides = rest
+    return exit_code(lambda: args.command(args))
+
+
+def entry_point() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Run a command; an InputError becomes one line on stderr and exit code 2."""
+    try:
+        command()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train_script() -> int:
+    """`scripts/run_r1_grpo.py --config RECIPE [--key value ...]`."""
+    parser = argparse.ArgumentParser(description="Train a model on Countdown with GRPO.", allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="a YAML recipe")
+    args, overrides = parser.parse_known_args()
+
+    def command() -> None:
+        from mini_r1.recipe import load_recipe
+
+        recipe = load_recipe(args.config, overrides)  # before the slow imports: a typo is told at once
+        from mini_r1.train import run
+
+        run(recipe)
+
+    return exit_code(command)
+
+
+# ---- Commands ---------------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> None:
+    from mini_r1.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    from mini_r1.train import run
+
+    run(recipe)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from mini_r1.evaluate import evaluate_model
+
+    result = evaluate_model(
+        args.model,
+        recipe_path=args.recipe,
+        num_puzzles=args.num_puzzles,
+        num_samples=args.num_samples,
+        temperature=args.temperature,
+        seed=args.seed,
+    )
+    if args.json:
+        from mini_r1.manifest import write_json
+
+        write_json(Path(args.json), result)
+    print(json.dumps(result, indent=2))
+
+
+def solve(args: argparse.Namespace) -> None:
+    from mini_r1.countdown.solver import difficulty
+    from mini_r1.countdown.solver import solve as solve_puzzle
+
+    try:
+        solution = solve_puzzle(args.nums, args.target)
+        found = difficulty(args.nums, args.target)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if solution is None:
+        print(f"{args.target} cannot be made from {args.nums}")
+        return
+    print(f"{solution} = {args.target}")
+    print(f"{found.solutions} solutions; at least {found.operator_kinds} kinds of operators")
+
+
+def data_build(args: argparse.Namespace) -> None:
+    from mini_r1.countdown.puzzles import PuzzleSpace, generate
+    from mini_r1.data import write_puzzles
+
+    try:
+        space = PuzzleSpace(tuple(args.num_numbers), tuple(args.number_range), tuple(args.target_range))
+        puzzles = list(generate(args.num_puzzles, args.seed, space))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    write_puzzles(puzzles, Path(args.output))
+    print(f"{len(puzzles)} puzzles in {args.output}")
+
+
+def data_check(args: argparse.Namespace) -> None:
+    from mini_r1.data import audit, load_puzzles
+
+    print(json.dumps(audit(load_puzzles(args.source, args.split)), indent=2))
+
+
+def base_build(args: argparse.Namespace) -> None:
+    from mini_r1.cold_start import build_base
+
+    build_base(Path(args.output))
+
+
+# ---- Arguments --------------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mini-r1",
+        description="See reinforcement learning teach a language model to reason, on the Countdown number game.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mini-r1 {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = _command(commands, "train", train, "run a recipe: evaluate, train with GRPO, evaluate again")
+    command.add_argument("recipe", help="a YAML recipe; any of its keys can be overridden with --key value")
+
+    command = _command(commands, "eval", evaluate, "held-out success of a run or a model, with its 95 %% interval")
+    command.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, tiny_base, a model folder, or a hub id")
+    command.add_argument("--recipe", help="recipe that says puzzles and prompt; a run and tiny_base bring their own")
+    command.add_argument("--num-puzzles", type=_positive, help="held-out puzzles (default: the recipe's)")
+    command.add_argument("--num-samples", type=_positive, help="completions per puzzle (default: the recipe's)")
+    command.add_argument("--temperature", type=float, help="sampling temperature (default: the recipe's)")
+    command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    command.add_argument("--json", metavar="FILE", help="write the result here, too")
+
+    command = _command(commands, "solve", solve, "solve a puzzle exactly")
+    command.add_argument("nums", type=int, nargs="+", help="two to six numbers")
+    command.add_argument("--target", type=int, required=True)
+
+    data = commands.add_parser("data", help="make or audit puzzles").add_subparsers(required=True, metavar="COMMAND")
+    command = _command(data, "build", data_build, "make solvable puzzles, without duplicates")
+    command.add_argument("--num-puzzles", type=_positive, required=True)
+    command.add_argument("--seed", type=int, default=42, help="the same seed gives the same bytes anywhere (default: 42)")
+    command.add_argument("--num-numbers", type=int, nargs="+", default=[3, 4], help="numbers per puzzle (default: 3 4)")
+    command.add_argument("--number-range", type=int, nargs=2, default=[1, 99], metavar=("LOW", "HIGH"))
+    command.add_argument("--target-range", type=int, nargs=2, default=[10, 99], metavar=("LOW", "HIGH"))
+    command.add_argument("--output", required=True, metavar="FILE", help=".jsonl or .parquet; columns nums, target")
+    command = _command(data, "check", data_check, "audit a data set: solvable, duplicates, difficulty")
+    command.add_argument("source", metavar="FILE_OR_HUB_ID")
+    command.add_argument("--split", default="train", help="split of a hub data set (default: train)")
+
+    base = commands.add_parser("base", help="the embedded base model").add_subparsers(required=True, metavar="COMMAND")
+    command = _command(base, "build", base_build, "remake tiny_base from nothing (about 25 minutes on 2 cores)")
+    command.add_argument("--output", default="tiny_base", metavar="DIR", help="a new folder (default: tiny_base)")
+    return parser
+
+
+def _command(commands, name, function, help):
+    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("want at least 1")
+    return value

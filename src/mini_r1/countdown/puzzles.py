@@ -1,0 +1,100 @@
+"""Seeded generation of solvable puzzles, and a puzzle's canonical key.
+
+Candidate i of a seed is a function of (seed, i) alone: every draw is a SHA-256 of the seed, the index and a counter, so the same
+seed gives the same bytes on any machine, Python version and chunking. (Adding seed and index instead makes neighbouring seeds
+share almost all their puzzles.)
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import count, islice
+
+from mini_r1.countdown.solver import MAX_NUMBERS, MIN_NUMBERS, reachable
+
+# Give up when this many candidates in a row brought no new puzzle: the described space is then all but used up.
+MAX_MISSES = 20_000
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """Reach `target` with all of `nums`; the schema of Jiayi-Pan/Countdown-Tasks-3to4."""
+
+    nums: tuple[int, ...]
+    target: int
+
+    @property
+    def key(self) -> str:
+        """The canonical key, e.g. `7,19,36,55=65`: equal for puzzles that differ only in the order of their numbers."""
+        return f"{','.join(map(str, sorted(self.nums)))}={self.target}"
+
+
+@dataclass(frozen=True)
+class PuzzleSpace:
+    """Which puzzles to generate. Ranges include both ends.
+
+    Attributes:
+        num_numbers: how many numbers a puzzle may give, each count equally likely.
+        number_range: the smallest and the largest number.
+        target_range: the smallest and the largest target. The target is drawn evenly from the reachable integers in this range.
+
+    Raises:
+        ValueError: an empty range, or a count the solver does not take.
+    """
+
+    num_numbers: tuple[int, ...] = (3, 4)
+    number_range: tuple[int, int] = (1, 99)
+    target_range: tuple[int, int] = (10, 99)
+
+    def __post_init__(self):
+        if not self.num_numbers or not all(MIN_NUMBERS <= n <= MAX_NUMBERS for n in self.num_numbers):
+            raise ValueError(
+                f"num_numbers: each count is {MIN_NUMBERS} to {MAX_NUMBERS}, got {list(self.num_numbers)}"
+            )
+        for name, smallest in (("number_range", 0), ("target_range", 0)):
+            low, high = getattr(self, name)
+            if not smallest <= low <= high:
+                raise ValueError(f"{name}: want [low, high] with {smallest} <= low <= high, got {[low, high]}")
+
+
+def uniform_hash(*parts: object) -> int:
+    """An evenly distributed 64-bit integer that depends on `parts` alone."""
+    return int.from_bytes(sha256("/".join(map(str, parts)).encode()).digest()[:8], "big")
+
+
+def generate(num_puzzles: int, seed: int, space: PuzzleSpace) -> Iterator[Puzzle]:
+    """The first `num_puzzles` distinct solvable puzzles of a seed, in order; a longer run starts with the same puzzles.
+
+    Raises:
+        ValueError: the space holds fewer distinct puzzles than asked for.
+    """
+    return islice(_distinct(num_puzzles, seed, space), num_puzzles)
+
+
+def _distinct(num_puzzles: int, seed: int, space: PuzzleSpace) -> Iterator[Puzzle]:
+    seen: set[str] = set()
+    misses = 0
+    for index in count():
+        puzzle = candidate(seed, index, space)
+        if puzzle is not None and puzzle.key not in seen:
+            seen.add(puzzle.key)
+            misses = 0
+            yield puzzle
+            continue
+        misses += 1
+        if misses == MAX_MISSES:
+            raise ValueError(
+                f"found {len(seen)} different puzzles of {num_puzzles} asked for, and no new one in {MAX_MISSES} tries; "
+                "ask for fewer or widen num_numbers, number_range or target_range"
+            )
+
+
+def candidate(seed: int, index: int, space: PuzzleSpace) -> Puzzle | None:
+    """The candidate at `index`, or None when its numbers reach no target in range."""
+    draws = (uniform_hash("puzzle", seed, index, draw) for draw in count())
+    low, high = space.number_range
+    size = space.num_numbers[next(draws) % len(space.num_numbers)]
+    nums = tuple(low + next(draws) % (high - low + 1) for _ in range(size))
+    smallest, largest = space.target_range
+    targets = sorted(value for value in reachable(nums) if smallest <= value <= largest)
+    return Puzzle(nums, targets[next(draws) % len(targets)]) if targets else None

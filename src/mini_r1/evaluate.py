@@ -1,0 +1,268 @@
+"""Held-out success with its 95 % interval, pass@k, by difficulty.
+
+Every completion is sampled with plain `model.generate` and judged by the same rewards as in training. Batches have a fixed content
+and a seed of their own, so the result does not depend on the number of processes, and the training's random state is untouched.
+
+    mini-r1 eval runs/tiny-cpu --num-puzzles 1000 --num-samples 4
+"""
+
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean, variance
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from mini_r1 import InputError
+from mini_r1.countdown.puzzles import Puzzle, uniform_hash
+from mini_r1.countdown.solver import Difficulty, difficulty
+from mini_r1.data import Split, load_split
+from mini_r1.model import load_model, load_tokenizer, model_path, run_weights
+from mini_r1.prompts import PROMPT_TEMPLATES, PromptTemplate
+from mini_r1.recipe import TRAINING_DEFAULTS, TaskConfig, load_recipe
+from mini_r1.rewards import equation_reward, format_reward
+
+RULE = "every given number used exactly once, exact arithmetic"
+BATCH_SIZE = 256  # completions; on 2 cores the tiny base generates 64 and 256 at once in nearly the same time
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One judged completion of one held-out puzzle; `tokens` counts the end-of-sequence token."""
+
+    nums: tuple[int, ...]
+    target: int
+    completion: str
+    tokens: int
+    truncated: bool
+    format: float
+    equation: float
+
+
+def evaluate_model(
+    name: str,
+    *,
+    recipe_path: str | None = None,
+    num_puzzles: int | None = None,
+    num_samples: int | None = None,
+    temperature: float | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Evaluate a run or a model on held-out puzzles, in one process.
+
+    Args:
+        name: a run folder, `tiny_base`, a model folder, or a model id of the hub.
+        recipe_path: says puzzles, prompt and length; else the `recipe.yaml` beside the weights does, else the defaults.
+        num_puzzles, num_samples, temperature: override the recipe's.
+
+    Raises:
+        InputError: no such model, data or recipe, or more puzzles asked for than are held out.
+    """
+    folder = Path(model_path(name))
+    own_recipe = folder / "recipe.yaml"
+    if recipe_path is None and own_recipe.is_file():
+        recipe_path = str(own_recipe)
+    recipe = load_recipe(recipe_path) if recipe_path else None
+    task = recipe.task if recipe else TaskConfig()
+    changes = {"num_eval_puzzles": num_puzzles, "num_eval_samples": num_samples, "eval_temperature": temperature}
+    task = replace(task, **{key: value for key, value in changes.items() if value is not None})
+    training = recipe.training if recipe else TRAINING_DEFAULTS
+    weights = str(run_weights(folder)) if own_recipe.is_file() else name
+    tokenizer, model = load_tokenizer(weights), load_model(weights)
+    puzzles = heldout_puzzles(load_split(task), task)
+    with progress_bar(len(puzzles) * task.num_eval_samples, Path(name).name) as bar:
+        batches = sample_batches(
+            model,
+            tokenizer,
+            puzzles,
+            PROMPT_TEMPLATES[task.prompt_template],
+            num_samples=task.num_eval_samples,
+            temperature=task.eval_temperature,
+            max_completion_length=training["max_completion_length"],
+            seed=seed,
+            on_batch=bar.update,
+        )
+    samples = [sample for _, batch in batches for sample in batch]
+    return summarize(samples, task, max_completion_length=training["max_completion_length"], model=name, seed=seed)
+
+
+def heldout_puzzles(split: Split, task: TaskConfig) -> tuple[Puzzle, ...]:
+    """The held-out puzzles to evaluate on.
+
+    Raises:
+        InputError: fewer are held out than asked for.
+    """
+    if len(split.heldout) < task.num_eval_puzzles:
+        raise InputError(
+            f"num_eval_puzzles: {task.num_eval_puzzles} asked for, but {len(split.heldout)} puzzles are held out; "
+            "lower it, or raise num_puzzles or test_share"
+        )
+    return split.heldout[: task.num_eval_puzzles]
+
+
+def progress_bar(completions: int, name: str, shown: bool = True) -> tqdm:
+    """A bar that counts completions, on a terminal only."""
+    shown = shown and sys.stderr.isatty()
+    return tqdm(total=completions, desc=f"evaluating {name}", unit="completion", disable=not shown, leave=False)
+
+
+def sample_batches(
+    model: Any,
+    tokenizer: Any,
+    puzzles: Sequence[Puzzle],
+    template: PromptTemplate,
+    *,
+    num_samples: int,
+    temperature: float,
+    max_completion_length: int,
+    seed: int = 0,
+    process: int = 0,
+    num_processes: int = 1,
+    on_batch: Callable[[int], None] = lambda completions: None,
+) -> list[tuple[int, list[Sample]]]:
+    """Sample and judge this process's share of the batches: (batch index, its samples, those of one puzzle side by side).
+
+    Args:
+        model: a causal language model with `generate`.
+        max_completion_length: in tokens; longer completions are cut and count as truncated.
+        on_batch: called after each batch with the number of completions it held.
+    """
+    per_batch = max(1, BATCH_SIZE // num_samples)
+    stop_ids = _stop_ids(model, tokenizer)
+    generation = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        # Spelt out, since what is left out is filled in from the model's own generation_config.
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=max_completion_length,
+        num_return_sequences=num_samples,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted(stop_ids),
+    )
+    batches = []
+    was_training = model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    model.eval()
+    with torch.inference_mode(), torch.random.fork_rng(devices=devices):
+        for index in range(process, math.ceil(len(puzzles) / per_batch), num_processes):
+            batch = puzzles[index * per_batch : (index + 1) * per_batch]
+            torch.manual_seed(uniform_hash("evaluate", seed, index) >> 1)
+            prompts = [template.render(puzzle.nums, puzzle.target, tokenizer) for puzzle in batch]
+            inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+            # [batch * num_samples, prompt + completion]
+            sequences = model.generate(**inputs, generation_config=generation)
+            completions = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+            repeated = [puzzle for puzzle in batch for _ in range(num_samples)]
+            batches.append((index, _judge(repeated, completions, tokenizer, stop_ids)))
+            on_batch(len(completions))
+    model.train(was_training)
+    return batches
+
+
+def summarize(samples: Sequence[Sample], task: TaskConfig, **facts: Any) -> dict[str, Any]:
+    """What `eval/*.json` holds. `samples` lie puzzle by puzzle, `num_eval_samples` each; `facts` are added as they are."""
+    num_samples = task.num_eval_samples
+    by_puzzle = [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
+    correct = [sum(int(sample.equation) for sample in group) for group in by_puzzle]
+    difficulties = [difficulty(group[0].nums, group[0].target) for group in by_puzzle]
+    return {
+        "success": fmean(sample.equation for sample in samples),
+        "ci95": confidence_interval(correct, num_samples),
+        "pass_at": {str(k): fmean(pass_at_k(num_samples, c, k) for c in correct) for k in _powers_of_two(num_samples)},
+        "by_difficulty": _by_difficulty(correct, difficulties, num_samples),
+        "plus_minus_only_share": fmean(d is not None and d.plus_minus_only for d in difficulties),
+        "format": fmean(sample.format for sample in samples),
+        "mean_completion_tokens": fmean(sample.tokens for sample in samples),
+        "truncated": fmean(sample.truncated for sample in samples),
+        "num_puzzles": len(by_puzzle),
+        "num_samples": num_samples,
+        "temperature": task.eval_temperature,
+        "split": f"held-out, split_seed {task.split_seed}, test_share {task.test_share}",
+        "rule": RULE,
+        **facts,
+    }
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """The chance that k of the samples hold a correct one: 1 - C(n-c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv:2107.03374)."""
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def confidence_interval(correct: Sequence[int], num_samples: int) -> tuple[float, float]:
+    """The 95 % interval of the mean success: Wilson's, with the puzzles as the independent units.
+
+    Samples of one puzzle resemble each other, so `num_puzzles * num_samples` would promise too much. The effective number of
+    samples is the one whose binomial variance equals the variance seen between puzzles (Kish's design effect); with one sample
+    per puzzle this is Wilson's interval itself.
+
+    Args:
+        correct: correct samples per puzzle, each 0 to `num_samples`.
+    """
+    rates = [c / num_samples for c in correct]
+    p, n = fmean(rates), len(rates)
+    between = variance(rates) * (n - 1) / n if n > 1 else 0.0
+    if between > 0:
+        n = min(n * p * (1 - p) / between, n * num_samples)
+    z = 1.959964
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _judge(puzzles: Sequence[Puzzle], completions: list[list[int]], tokenizer: Any, stop_ids: set[int]) -> list[Sample]:
+    lengths, truncated = [], []
+    for ids in completions:
+        end = next((position for position, token in enumerate(ids) if token in stop_ids), None)
+        truncated.append(end is None)
+        lengths.append(len(ids) if end is None else end + 1)
+    kept = [ids[:length] for ids, length in zip(completions, lengths, strict=True)]
+    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+    formats = format_reward(texts)
+    equations = equation_reward(texts, target=[p.target for p in puzzles], nums=[p.nums for p in puzzles])
+    columns = zip(puzzles, texts, lengths, truncated, formats, equations, strict=True)
+    return [Sample(puzzle.nums, puzzle.target, *rest) for puzzle, *rest in columns]
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return {token for token in [*configured, tokenizer.eos_token_id] if token is not None}
+
+
+def _powers_of_two(largest: int) -> list[int]:
+    return [2**i for i in range(largest.bit_length()) if 2**i <= largest]
+
+
+def _by_difficulty(
+    correct: Sequence[int], difficulties: Sequence[Difficulty | None], num_samples: int
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Success by each measure of difficulty: {"numbers": {"3": {success, ci95, num_puzzles}}, "operator_kinds": ...}."""
+    groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for count, found in zip(correct, difficulties, strict=True):
+        measures = asdict(found) if found else {"solvable": False}
+        if found:
+            measures["solutions"] = next(label for limit, label in _SOLUTION_BANDS if found.solutions <= limit)
+        for measure, value in measures.items():
+            groups[measure][str(value).lower()].append(count)
+    return {
+        measure: {
+            value: {
+                "success": fmean(counts) / num_samples,
+                "ci95": confidence_interval(counts, num_samples),
+                "num_puzzles": len(counts),
+            }
+            for value, counts in sorted(values.items())
+        }
+        for measure, values in groups.items()
+    }
+
+
+_SOLUTION_BANDS = [(1, "1"), (3, "2-3"), (9, "4-9"), (math.inf, "10+")]

@@ -1,0 +1,77 @@
+"""A name -> weights and tokenizer: the embedded base, a folder, a run, or a model of the hub; and which checkpoints are whole."""
+
+from pathlib import Path
+from typing import Any
+
+from mini_r1 import InputError
+
+TINY_BASE = "tiny_base"
+# Written into a checkpoint once every rank has finished its part: without it the checkpoint was torn by a kill.
+COMPLETE_MARKER = "complete"
+
+
+def model_path(name: str) -> str:
+    """The folder of the embedded model, or the name itself: a folder or a model id of the hub."""
+    return str(Path(__file__).parent / TINY_BASE) if name == TINY_BASE else name
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        InputError: it cannot be had; names the embedded model, which always can.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_path(name), revision=revision)
+    except (OSError, ValueError) as error:
+        raise model_error(name, error) from error
+
+
+def load_model(name: str, revision: str | None = None) -> Any:
+    """A causal language model for generation, LoRA adapters applied: in its own dtype, on the GPU if there is one.
+
+    Raises:
+        InputError: it cannot be had; names the embedded model, which always can.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_path(name), revision=revision, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise model_error(name, error) from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def model_error(name: str, error: Exception) -> InputError:
+    """What to tell a user whose model cannot be loaded, in one line."""
+    reason = " ".join(str(error).split())[:200]
+    return InputError(
+        f"model_name_or_path: '{name}' cannot be loaded ({reason}); without network write a local folder or {TINY_BASE}"
+    )
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, newest first, torn ones included."""
+    return sorted(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+
+
+def last_complete_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    return next((path for path in checkpoints(run_dir) if (path / COMPLETE_MARKER).exists()), None)
+
+
+def run_weights(run_dir: Path) -> Path:
+    """Where a run's newest weights are: the run folder itself once it has finished, else its last complete checkpoint.
+
+    Raises:
+        InputError: the run has saved nothing yet.
+    """
+    if any((run_dir / name).exists() for name in ("config.json", "adapter_config.json")):
+        return run_dir
+    checkpoint = last_complete_checkpoint(run_dir)
+    if checkpoint is None:
+        raise InputError(f"{run_dir}: this run has no model and no complete checkpoint yet")
+    return checkpoint

@@ -1,0 +1,294 @@
+"""What a recipe may say; loading, checking, explaining mistakes.
+
+A recipe is one flat YAML file. Its keys are the fields of `TaskConfig` below and of TRL's `ModelConfig` and `GRPOConfig`. The latter
+two are read from the installed source files with `ast`, not imported: importing GRPOConfig takes 4.5 s, and a typo must be told
+in well under one.
+"""
+
+import ast
+import difflib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mini_r1 import InputError
+from mini_r1.countdown.puzzles import PuzzleSpace
+from mini_r1.prompts import PROMPT_TEMPLATES
+from mini_r1.rewards import get_reward_functions
+
+# Where the foreign keys are defined: (package, file, class), subclasses last so that their annotations win.
+_TRAINING_CLASSES = [
+    ("transformers", "training_args.py", "TrainingArguments"),
+    ("trl", "trainer/base_config.py", "_BaseConfig"),
+    ("trl", "trainer/grpo_config.py", "GRPOConfig"),
+]
+_MODEL_CLASSES = [("trl", "trainer/model_config.py", "ModelConfig")]
+
+# What every run wants unless its recipe says otherwise.
+TRAINING_DEFAULTS = {
+    "report_to": ["tensorboard"],  # the libraries' default is none
+    "logging_steps": 1,  # a step takes seconds to a minute; its log line costs nothing
+    "max_completion_length": 1024,  # the original's; TRL's 512 cuts off 3B models that think aloud
+    "save_total_limit": 2,  # a checkpoint of a 3B model with its optimizer is 40 GB; one spare in case of a torn write
+}
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """The keys of a recipe that are Mini-R1's own.
+
+    Raises:
+        InputError: a value that cannot work; the message starts with the key.
+    """
+
+    dataset_id_or_path: str = field(
+        default="generated",
+        metadata={"help": "'generated', a local file or folder (parquet, json, jsonl, csv), or a data set id of the hub"},
+    )
+    dataset_split: str = field(default="train", metadata={"help": "split of a hub data set; both our parts come from it"})
+    num_puzzles: int = field(default=50_000, metadata={"help": "how many puzzles to take, held-out part included"})
+    num_numbers: tuple[int, ...] = field(default=(3, 4), metadata={"help": "generated: how many numbers a puzzle gives"})
+    number_range: tuple[int, int] = field(default=(1, 99), metadata={"help": "generated: smallest and largest number"})
+    target_range: tuple[int, int] = field(default=(10, 99), metadata={"help": "generated: smallest and largest target"})
+    split_seed: int = field(
+        default=42, metadata={"help": "decides, with a puzzle's canonical key alone, what is taken and what is held out"}
+    )
+    test_share: float = field(default=0.1, metadata={"help": "share of the puzzles that is held out"})
+    prompt_template: str = field(
+        default="mini-r1-exact", metadata={"help": f"one of {', '.join(PROMPT_TEMPLATES)}"}
+    )
+    max_prompt_length: int = field(default=256, metadata={"help": "longer prompts (tokens) are dropped and counted"})
+    reward_funcs: tuple[str, ...] = field(
+        default=("format", "equation"), metadata={"help": "registered rewards or dotted paths; see reward_weights"}
+    )
+    num_eval_puzzles: int = field(default=500, metadata={"help": "held-out puzzles to evaluate before and after training"})
+    num_eval_samples: int = field(default=4, metadata={"help": "completions per held-out puzzle: the largest k of pass@k"})
+    eval_temperature: float = field(default=1.0, metadata={"help": "sampling temperature of the evaluation"})
+
+    def __post_init__(self):
+        for name in ("num_puzzles", "max_prompt_length", "num_eval_puzzles", "num_eval_samples"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: want at least 1, got {getattr(self, name)}")
+        if not 0 < self.test_share < 1:
+            raise InputError(f"test_share: want a share between 0 and 1, got {self.test_share}")
+        if self.eval_temperature <= 0:
+            raise InputError(f"eval_temperature: want more than 0, got {self.eval_temperature}")
+        if self.prompt_template not in PROMPT_TEMPLATES:
+            raise InputError(f"prompt_template: no '{self.prompt_template}'; choose from {', '.join(PROMPT_TEMPLATES)}")
+        if not self.reward_funcs:
+            raise InputError("reward_funcs: name at least one reward")
+        try:
+            self.space  # noqa: B018  (checks the ranges)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    @property
+    def space(self) -> PuzzleSpace:
+        return PuzzleSpace(tuple(self.num_numbers), tuple(self.number_range), tuple(self.target_range))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: our part, and what goes into TRL's `ModelConfig` and `GRPOConfig`."""
+
+    name: str
+    task: TaskConfig
+    model: dict[str, Any]
+    training: dict[str, Any]
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.training["output_dir"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe as resolved, ready for YAML: the task's keys with their defaults, the others as given."""
+        task = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.task).items()}
+        return {**self.model, **task, **self.training}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply command-line overrides (`--key value ...`), check everything that needs no machine.
+
+    Raises:
+        InputError: in one line, what is wrong, in which line of the file, and what to write instead.
+    """
+    path = Path(path)
+    given, lines = _read_yaml(path)
+    for key, value in _parse_overrides(overrides).items():
+        given[key] = value
+        lines[key] = f"--{key}"
+    return _resolve(path.stem, given, lines)
+
+
+def _resolve(name: str, given: dict[str, Any], where: dict[str, str]) -> Recipe:
+    kinds = {
+        "task": _fields_of([("mini_r1", "recipe.py", "TaskConfig")]),
+        "model": _fields_of(_MODEL_CLASSES),
+        "training": _fields_of(_TRAINING_CLASSES),
+    }
+    parts: dict[str, dict[str, Any]] = {"task": {}, "model": {}, "training": dict(TRAINING_DEFAULTS)}
+    for key, value in given.items():
+        owner = next((owner for owner, known in kinds.items() if key in known), None)
+        if owner is None:
+            known = [known_key for part in kinds.values() for known_key in part]
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else "see the keys of TaskConfig, and TRL's GRPOConfig and ModelConfig"
+            raise InputError(f"{where[key]}: unknown key '{key}'; {hint}")
+        try:
+            parts[owner][key] = _typed(value, kinds[owner][key])
+        except TypeError as error:
+            raise InputError(f"{where[key]}: {key}: {error}") from None
+    if not parts["model"].get("model_name_or_path"):
+        raise InputError(f"{name}: model_name_or_path is missing; write tiny_base, a folder, or a model id of the hub")
+    parts["training"].setdefault("output_dir", f"runs/{name}")
+    try:
+        task = TaskConfig(**parts["task"])
+        get_reward_functions(task.reward_funcs)
+    except InputError as error:
+        key = str(error).partition(":")[0]
+        raise InputError(f"{where.get(key, name)}: {error}") from None
+    weights = parts["training"].get("reward_weights")
+    if weights is not None and len(weights) != len(task.reward_funcs):
+        raise InputError(
+            f"{where['reward_weights']}: reward_weights: {len(weights)} weights for {len(task.reward_funcs)} reward_funcs"
+        )
+    return Recipe(name, task, parts["model"], parts["training"])
+
+
+# ---- Reading ----------------------------------------------------------------------------------------------------------------
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The mapping in a YAML file and, for every key, where it stands (`recipe.yaml line 7`)."""
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe; the recipes are in the folder recipes/") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read: {_one_line(error)}") from None
+    try:
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise InputError(f"{path}: not a recipe; want lines of the form 'key: value'")
+        where: dict[str, str] = {}
+        for key, _ in node.value:
+            place = f"{path} line {key.start_mark.line + 1}"
+            if key.value in where:
+                raise InputError(f"{place}: {key.value} is set twice; first in {where[key.value].rpartition(' line ')[2]}")
+            where[key.value] = place
+        return {str(key): value for key, value in loader.construct_document(node).items()}, where
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {_one_line(error)}") from None
+
+
+def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """`--key value`, `--key=value`, `--key a b` (a list) and `--flag` (true); values are YAML scalars."""
+    values: dict[str, list[Any]] = {}
+    key = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            key, equals, value = argument.removeprefix("--").partition("=")
+            key = key.replace("-", "_")
+            values[key] = [_scalar(key, value)] if equals else []
+        elif key is None:
+            raise InputError(f"{argument!r}: want --key value")
+        else:
+            values[key].append(_scalar(key, argument))
+    return {key: given[0] if len(given) == 1 else given or True for key, given in values.items()}
+
+
+def _scalar(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--{key}: {_one_line(error)}") from None
+
+
+# ---- Types ------------------------------------------------------------------------------------------------------------------
+
+
+def _fields_of(classes: list[tuple[str, str, str]]) -> dict[str, str]:
+    """The dataclass fields of installed classes, name -> annotation, read from their source files."""
+    found: dict[str, str] = {}
+    for package, file, class_name in classes:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(f"{package} is not installed; run 'make setup'")
+        tree = ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8"))
+        body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+        for node in body:
+            if isinstance(node, ast.AnnAssign) and "init=False" not in ast.unparse(node.value or ast.Constant(None)):
+                found[node.target.id] = ast.unparse(node.annotation)
+    return found
+
+
+def _typed(value: Any, annotation: str) -> Any:
+    """The value as its field wants it, or TypeError. Unknown types are left to the library that owns the field."""
+    union = ast.parse(annotation.strip("'\""), mode="eval").body
+    names = [ast.unparse(part) for part in _union_parts(union)]
+    kinds = {name.partition("[")[0] for name in names}
+    if value is None and kinds & {"None", "Any"}:
+        return None
+    if isinstance(value, bool) and "bool" not in kinds:
+        value = "yes" if value else "no"  # YAML 1.1 reads `save_strategy: no` as false
+    if isinstance(value, bool):
+        fits = "bool" in kinds
+    elif isinstance(value, int):
+        fits = "int" in kinds or "float" in kinds
+    elif isinstance(value, float):
+        fits = "float" in kinds
+    elif isinstance(value, str):
+        fits = "str" in kinds
+        if not fits and "float" in kinds:
+            # YAML 1.1 reads 5e-7 as text: it wants a point in the mantissa.
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    elif isinstance(value, list):
+        fits = bool(kinds & {"list", "tuple"})
+    elif isinstance(value, dict):
+        fits = "dict" in kinds
+    else:
+        fits = False
+    known = {"None", "bool", "int", "float", "str", "list", "tuple", "dict"}
+    if not fits and kinds <= known:
+        if not isinstance(value, list | dict) and kinds & {"list", "tuple"}:
+            return [_typed(value, _item(names))]
+        raise TypeError(f"want {' or '.join(_SPOKEN[kind] for kind in sorted(kinds - {'None'}))}, got {value!r}")
+    if isinstance(value, list) and "tuple" in kinds:
+        return tuple(_typed(item, _item(names)) for item in value)
+    return value
+
+
+_SPOKEN = {
+    "bool": "true or false",
+    "int": "an integer",
+    "float": "a number",
+    "str": "text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a mapping",
+}
+
+
+def _union_parts(node: ast.expr) -> list[ast.expr]:
+    if isinstance(node, ast.BinOp):
+        return _union_parts(node.left) + _union_parts(node.right)
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("Optional", "Union"):
+        inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        return [part for item in inner for part in _union_parts(item)] + [ast.Constant(None)]
+    return [node]
+
+
+def _item(names: list[str]) -> str:
+    container = next(name for name in names if name.startswith(("list", "tuple")))
+    return container.partition("[")[2].removesuffix("]").partition(",")[0] or "Any"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

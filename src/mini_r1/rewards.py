@@ -1,0 +1,91 @@
+"""The format and equation rewards, the registry, and plug-ins by dotted path.
+
+Rewards have TRL's signature: keyword columns with one entry per completion in, one float per completion out. A malformed
+completion scores 0. A defect (a missing column, a target that is no number) raises; it is never turned into reward 0.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from mini_r1 import InputError
+from mini_r1.completion import parse_completion
+from mini_r1.countdown.expression import is_solution
+
+RewardFunction = Callable[..., list[float]]
+
+
+def format_reward(completions: Sequence[Any], **columns: Any) -> list[float]:
+    """1.0 for one think block, whitespace, one non-empty answer block and nothing but whitespace after it, else 0.0.
+
+    Args:
+        completions: texts that follow a prefilled `<think>`, or TRL's conversational form of them.
+    """
+    return [float(parse_completion(_text(completion)).well_formed) for completion in completions]
+
+
+def equation_reward(
+    completions: Sequence[Any], target: Sequence[Any], nums: Sequence[Sequence[Any]], **columns: Any
+) -> list[float]:
+    """1.0 if the answer is an equation that uses every given number exactly once and is worth exactly the target, else 0.0.
+
+    The rules of the answer are those of `completion.parse_completion`, those of the equation `countdown.expression`'s.
+
+    Args:
+        completions: as for `format_reward`.
+        target: one number per completion (an int, or text such as "65" or "27.4").
+        nums: the given integers per completion.
+
+    Raises:
+        ValueError: the columns differ in length, or hold something that is not a number.
+    """
+    rewards = []
+    for completion, value, numbers in zip(completions, target, nums, strict=True):
+        value, numbers = Fraction(str(value)), [int(n) for n in numbers]
+        answer = parse_completion(_text(completion)).answer
+        rewards.append(float(answer is not None and is_solution(answer, numbers, value)))
+    return rewards
+
+
+REWARDS: dict[str, RewardFunction] = {"format": format_reward, "equation": equation_reward}
+
+
+def get_reward_functions(names: Sequence[str]) -> list[RewardFunction]:
+    """The reward functions that a recipe names: registered names, or dotted paths such as `my_package.my_module.my_reward`.
+
+    A dotted path is looked up from the current folder first, then among the installed packages.
+
+    Raises:
+        InputError: nothing of that name, or it is not callable.
+    """
+    return [_get_reward_function(name) for name in names]
+
+
+def _get_reward_function(name: str) -> RewardFunction:
+    if name in REWARDS:
+        return REWARDS[name]
+    module_name, _, attribute = name.rpartition(".")
+    if not module_name:
+        near = difflib.get_close_matches(name, REWARDS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(REWARDS)}, or give a dotted path"
+        raise InputError(f"reward_funcs: no reward '{name}'; {hint}")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        raise InputError(f"reward_funcs: cannot import '{name}': {error}") from error
+    except AttributeError as error:
+        raise InputError(f"reward_funcs: module '{module_name}' has no '{attribute}'") from error
+    if not callable(function):
+        raise InputError(f"reward_funcs: '{name}' is not callable")
+    return function
+
+
+def _text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else completion[-1]["content"]

@@ -1,4 +1,4 @@
-"""Train a model on Countdown with GRPO: python scripts/run_r1_grpo.py --config RECIPE [--key value ...], or under accelerate launch."""
+"""Train a model on Countdown with GRPO, alone or under accelerate launch: run_r1_grpo.py --config RECIPE [--key value ...]"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What happens beside the training loop: samples, the progress bar, held-out evaluation on a schedule, checkpoint markers, the clock.
+"""What happens beside the training loop: samples, the progress bar, scheduled evaluation, checkpoint markers, the clock.
 
 Everything here uses the public hooks of TRL and transformers: reward functions, `log_metric` and `TrainerCallback`.
 """
@@ -136,9 +136,7 @@ class HeldOutEvaluation(TrainerCallback):
     Not done before `trainer.train()`: only there the model is wrapped, so that the ranks of ZeRO-3 can gather its weights.
     """
 
-    def __init__(
-        self, every: int | None, evaluate: Callable[[str], dict[str, Any]], log: Callable[[dict[str, float]], None]
-    ):
+    def __init__(self, every: int | None, evaluate: Callable[[str], dict[str, Any]], log: Callable[[dict[str, float]], None]):
         self._every, self._evaluate, self._log = every, evaluate, log
 
     def on_train_begin(self, args, state, control, **kwargs):

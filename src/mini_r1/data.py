@@ -55,7 +55,7 @@ def load_split(task: TaskConfig) -> Split:
         puzzles = load_puzzles(source, task.dataset_split)
     distinct = {puzzle.key: puzzle for puzzle in reversed(puzzles)}
     taken = sorted(distinct, key=lambda key: uniform_hash("take", task.split_seed, key))[: task.num_puzzles]
-    heldout = {key for key in taken if is_heldout(key, task.split_seed, task.test_share)}
+    heldout = {key for key in taken if is_heldout(key, task)}
     split = Split(
         train=tuple(distinct[key] for key in taken if key not in heldout),
         heldout=tuple(distinct[key] for key in taken if key in heldout),
@@ -69,9 +69,9 @@ def load_split(task: TaskConfig) -> Split:
     return split
 
 
-def is_heldout(key: str, split_seed: int, test_share: float) -> bool:
-    """Whether the puzzle with this canonical key belongs to the held-out part."""
-    return uniform_hash("split", split_seed, key) < test_share * 2**64
+def is_heldout(key: str, task: TaskConfig) -> bool:
+    """Whether the puzzle with this canonical key belongs to the held-out part; asks the task for split_seed and test_share only."""
+    return uniform_hash("split", task.split_seed, key) < task.test_share * 2**64
 
 
 def load_puzzles(source: str, split: str = "train") -> list[Puzzle]:
@@ -113,7 +113,7 @@ def prompt_dataset(
     kept = [row for row, length in zip(rows, lengths, strict=True) if length <= max_prompt_length]
     if not kept:
         raise InputError(
-            f"max_prompt_length: all {len(rows)} prompts are longer than {max_prompt_length} tokens; the shortest has {min(lengths)}"
+            f"max_prompt_length: all prompts are longer than {max_prompt_length} tokens; the shortest has {min(lengths)}"
         )
     return Dataset.from_list(kept), len(rows) - len(kept)
 

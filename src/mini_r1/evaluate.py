@@ -192,7 +192,7 @@ def summarize(samples: Sequence[Sample], task: TaskConfig, **facts: Any) -> dict
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """The chance that k of the samples hold a correct one: 1 - C(n-c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv:2107.03374)."""
+    """The chance that k of the samples hold a correct one: 1 - C(n-c, k) / C(n, k), unbiased (Chen et al., arXiv:2107.03374)."""
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 

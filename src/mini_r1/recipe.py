@@ -1,8 +1,8 @@
 """What a recipe may say; loading, checking, explaining mistakes.
 
-A recipe is one flat YAML file. Its keys are the fields of `TaskConfig` below and of TRL's `ModelConfig` and `GRPOConfig`. The latter
-two are read from the installed source files with `ast`, not imported: importing GRPOConfig takes 4.5 s, and a typo must be told
-in well under one.
+A recipe is one flat YAML file. Its keys are the fields of `TaskConfig` below and of TRL's `ModelConfig` and `GRPOConfig`. The
+latter two are read from the installed source files with `ast`, not imported: importing GRPOConfig takes 4.5 s, and a typo must be
+told in well under one.
 """
 
 import ast
@@ -58,9 +58,7 @@ class TaskConfig:
         default=42, metadata={"help": "decides, with a puzzle's canonical key alone, what is taken and what is held out"}
     )
     test_share: float = field(default=0.1, metadata={"help": "share of the puzzles that is held out"})
-    prompt_template: str = field(
-        default="mini-r1-exact", metadata={"help": f"one of {', '.join(PROMPT_TEMPLATES)}"}
-    )
+    prompt_template: str = field(default="mini-r1-exact", metadata={"help": f"one of {', '.join(PROMPT_TEMPLATES)}"})
     max_prompt_length: int = field(default=256, metadata={"help": "longer prompts (tokens) are dropped and counted"})
     reward_funcs: tuple[str, ...] = field(
         default=("format", "equation"), metadata={"help": "registered rewards or dotted paths; see reward_weights"}

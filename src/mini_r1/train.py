@@ -179,10 +179,13 @@ def _finished_summary(recipe: Recipe) -> dict[str, Any] | None:
     """The summary of a run that has nothing left to do, None for a new or unfinished one.
 
     Raises:
-        InputError: the folder is a file, holds something else, or a run of another recipe.
+        InputError: the folder cannot be written, or holds something else or a run of another recipe.
     """
     run_dir = recipe.run_dir
-    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
+    ancestor = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not (ancestor.is_dir() and os.access(ancestor, os.W_OK)):
+        raise InputError(f"output_dir: {run_dir} cannot be written: {ancestor} is no writable folder; choose another --output_dir")
+    if ancestor != run_dir or not any(run_dir.iterdir()):
         return None
     try:
         earlier = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))
@@ -234,9 +237,7 @@ def _open_run(recipe: Recipe, trainer: GRPOTrainer, data: dict[str, Any], resume
         print(f"resuming from {resumed}")
 
 
-def _evaluate(
-    trainer: GRPOTrainer, recipe: Recipe, tokenizer: Any, puzzles: Sequence[Puzzle], file: Path
-) -> dict[str, Any]:
+def _evaluate(trainer: GRPOTrainer, recipe: Recipe, tokenizer: Any, puzzles: Sequence[Puzzle], file: Path) -> dict[str, Any]:
     """Evaluate the model as it is now, batches shared among all processes; every process returns the whole result."""
     accelerator, task = trainer.accelerator, recipe.task
     started = time.monotonic()

@@ -48,9 +48,7 @@ class PuzzleSpace:
 
     def __post_init__(self):
         if not self.num_numbers or not all(MIN_NUMBERS <= n <= MAX_NUMBERS for n in self.num_numbers):
-            raise ValueError(
-                f"num_numbers: each count is {MIN_NUMBERS} to {MAX_NUMBERS}, got {list(self.num_numbers)}"
-            )
+            raise ValueError(f"num_numbers: each count is {MIN_NUMBERS} to {MAX_NUMBERS}, got {list(self.num_numbers)}")
         for name, smallest in (("number_range", 0), ("target_range", 0)):
             low, high = getattr(self, name)
             if not smallest <= low <= high:

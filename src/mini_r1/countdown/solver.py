@@ -170,9 +170,7 @@ def _last_steps(numbers: Numbers, target: Value, operators: str) -> Iterator[tup
                     yield (operator, part, x, other, y) if x_left else (operator, other, y, part, x)
 
 
-def _partners(
-    x: Value, target: Value, operators: str, candidates: Iterable[Value]
-) -> Iterator[tuple[str, bool, Value]]:
+def _partners(x: Value, target: Value, operators: str, candidates: Iterable[Value]) -> Iterator[tuple[str, bool, Value]]:
     """Every (operator, x stands left, y) that makes the target from x: `_combine` inverted."""
     (a, b), (t, u) = x, target
     if "+" in operators and t * b >= a * u:
@@ -205,9 +203,7 @@ def _can_make(numbers: Numbers, target: Value, operators: str) -> bool:
 
 def _count_solutions(numbers: Numbers, target: Value) -> int:
     return sum(
-        _pairs(
-            _values(left, OPERATORS)[x], _values(right, OPERATORS)[y], interchangeable=(left, x) == (right, y)
-        )
+        _pairs(_values(left, OPERATORS)[x], _values(right, OPERATORS)[y], interchangeable=(left, x) == (right, y))
         for _, left, x, right, y in _last_steps(numbers, target, OPERATORS)
     )
 

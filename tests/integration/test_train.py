@@ -1,0 +1,170 @@
+"""Real runs of the one training entry point on the embedded base: a few steps, then everything a run promises is checked."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from mini_r1.callbacks import SampleWriter
+from mini_r1.evaluate import evaluate_model
+from mini_r1.model import COMPLETE_MARKER, load_model, load_tokenizer
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+SHORT = {
+    "max_steps": 6,
+    "save_steps": 2,
+    "per_device_train_batch_size": 16,
+    "num_generations": 4,
+    "max_completion_length": 40,
+    "num_puzzles": 500,
+    "num_eval_puzzles": 20,
+    "num_eval_samples": 2,
+}
+
+
+def command(output_dir, **changes):
+    options = {**SHORT, "output_dir": output_dir, **changes}
+    recipe = ROOT / "recipes" / "tiny-cpu.yaml"
+    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    return [sys.executable, str(ROOT / "scripts" / "run_r1_grpo.py"), "--config", str(recipe), *arguments]
+
+
+def train(output_dir, **changes):
+    return subprocess.run(command(output_dir, **changes), capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """An uninterrupted run: (its folder, what it printed)."""
+    run_dir = tmp_path_factory.mktemp("runs") / "straight"
+    done = train(run_dir)
+    assert done.returncode == 0, done.stderr
+    return run_dir, done.stdout
+
+
+def test_a_run_is_a_complete_folder(straight):
+    run_dir, printed = straight
+    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    assert recipe["max_steps"] == 6
+    manifest = json.loads((run_dir / "manifest.json").read_text())
+    assert manifest["versions"]["trl"] == "1.16.0"
+    assert len(manifest["model"]["sha256"]) == len(manifest["data"]["sha256"]) == len(manifest["recipe_sha256"]) == 64
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for name in ("before", "after"):
+        result = json.loads((run_dir / "eval" / f"{name}.json").read_text())
+        assert (result["num_puzzles"], result["num_samples"], result["temperature"]) == (20, 2, 1.0)
+        assert summary[f"success_{name}"] == result["success"]
+    assert summary["steps"] == 6
+    assert summary["train_seconds"] > 0
+    assert list((run_dir / "tensorboard").glob("events.out.tfevents.*"))
+    assert "countdown" in (run_dir / "README.md").read_text().lower() or "GRPO" in (run_dir / "README.md").read_text()
+    assert "==== step " in (run_dir / "samples" / SampleWriter.FILES[0]).read_text()
+    assert "held-out success" in printed
+    assert "step 6/6  reward" in printed
+
+
+def test_the_trained_model_loads_and_differs_from_the_base(straight):
+    run_dir, _ = straight
+    weights, base = load_model(str(run_dir)).state_dict(), load_model("tiny_base").state_dict()
+    assert any((weights[name] != base[name]).any() for name in base)
+    assert load_tokenizer(str(run_dir))("21-3=18")["input_ids"] == load_tokenizer("tiny_base")("21-3=18")["input_ids"]
+
+
+def test_eval_of_the_run_repeats_its_after_json(straight):
+    run_dir, _ = straight
+    after = json.loads((run_dir / "eval" / "after.json").read_text())
+    again = evaluate_model(str(run_dir))
+    assert {key: again[key] for key in ("success", "pass_at", "mean_completion_tokens")} == {
+        key: after[key] for key in ("success", "pass_at", "mean_completion_tokens")
+    }
+
+
+def test_kill_9_loses_nothing(straight, tmp_path):
+    run_dir = tmp_path / "killed"
+    process = subprocess.Popen(command(run_dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while not (run_dir / "checkpoint-2" / COMPLETE_MARKER).exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run_dir / "summary.json").exists()
+    newest = max(int(path.name.partition("-")[2]) for path in run_dir.glob("checkpoint-*"))
+    torn = run_dir / f"checkpoint-{newest + 2}"  # as a kill in the middle of the next save leaves it
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+
+    done = train(run_dir)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout
+    assert f"removing {torn}" in done.stdout
+    for name in ("model.safetensors", *(f"samples/{name}" for name in SampleWriter.FILES)):
+        assert (run_dir / name).read_bytes() == (straight[0] / name).read_bytes(), name
+    results = [json.loads((folder / "eval" / "after.json").read_text()) for folder in (run_dir, straight[0])]
+    assert results[0]["success"] == results[1]["success"]
+
+
+def test_a_finished_run_is_not_run_again(straight):
+    before = (straight[0] / "summary.json").read_bytes()
+    done = train(straight[0])
+    assert done.returncode == 0
+    assert "already finished" in done.stdout
+    assert (straight[0] / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 5}, "holds a run with seed: 1, this recipe says 5"),
+        ({"output_dir": ROOT / "src"}, "is no run of ours"),
+        ({"output_dir": ROOT / "README.md"}, "is no writable folder"),
+        ({"output_dir": "/dev/null/x"}, "cannot be written"),
+        ({"output_dir": "FRESH", "model_name_or_path": "no/such-model"}, "cannot be loaded"),
+        ({"output_dir": "FRESH", "num_generations": 5}, "divisible"),
+        ({"output_dir": "FRESH", "per_device_train_batch_size": 4000}, "one generation batch takes 1000"),
+        ({"output_dir": "FRESH", "num_eval_puzzles": 400}, "num_eval_puzzles: 400 asked for"),
+        ({"output_dir": "FRESH", "push_to_hub": True}, "no hub token here"),
+        ({"output_dir": "FRESH", "eval_strategy": "epoch"}, "eval_strategy: write 'no', or 'steps'"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_writes_nothing(straight, tmp_path, changes, message):
+    options = {"output_dir": straight[0], **changes}
+    if options["output_dir"] == "FRESH":
+        options["output_dir"] = tmp_path / "fresh"
+    done = train(**options)
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_lora_dtype_and_scheduled_evaluation(tmp_path):
+    run_dir = tmp_path / "lora"
+    done = train(
+        run_dir,
+        max_steps=4,
+        use_peft=True,
+        lora_r=4,
+        lora_target_modules="all-linear",
+        dtype="bfloat16",
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    assert done.returncode == 0, done.stderr
+    adapter = load_file(run_dir / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in adapter.items() if "lora_A" in name} == {4}
+    assert json.loads((run_dir / "eval" / "step-000002.json").read_text())["step"] == 2
+    after = json.loads((run_dir / "eval" / "after.json").read_text())
+    assert after["num_puzzles"] == 20
+    assert evaluate_model(str(run_dir), num_puzzles=20)["num_puzzles"] == 20

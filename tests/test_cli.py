@@ -1,0 +1,77 @@
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mini_r1.cli import main
+from mini_r1.countdown.expression import is_solution
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys; from mini_r1.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit as end: assert end.code == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    assert "eval" in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert subprocess.run([Path(sys.executable).parent / "mini-r1", "--version"], check=True, capture_output=True).stdout
+
+
+@pytest.mark.parametrize("command", [["train"], ["eval"], ["solve"], ["data", "build"], ["data", "check"], ["base", "build"]])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    assert end.value.code == 0
+    assert "usage: mini-r1" in capsys.readouterr().out
+
+
+def test_solve(capsys):
+    assert main(["solve", "25", "50", "75", "100", "3", "6", "--target", "952"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert is_solution(first, [25, 50, 75, 100, 3, 6], 952)
+    assert "solutions" in second
+    assert main(["solve", "1", "1", "--target", "9"]) == 0
+    assert capsys.readouterr().out == "9 cannot be made from [1, 1]\n"
+    assert main(["solve", "1", "--target", "9"]) == 2
+    assert capsys.readouterr().err == "error: want 2 to 6 numbers, got 1\n"
+
+
+def test_data_build_and_check(tmp_path, capsys):
+    for name in ("a", "b"):
+        assert main(["data", "build", "--num-puzzles", "50", "--seed", "3", "--output", str(tmp_path / f"{name}.jsonl")]) == 0
+    digests = {hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.iterdir()}
+    assert len(digests) == 1
+    capsys.readouterr()
+    assert main(["data", "check", str(tmp_path / "a.jsonl")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["puzzles"], report["distinct"], report["solvable"]) == (50, 50, 50)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data", "build", "--num-puzzles", "9", "--number-range", "1", "1", "--output", "x.jsonl"], "found 0 different puzzles"),
+        (["data", "build", "--num-puzzles", "9", "--target-range", "9", "1", "--output", "x.jsonl"], "target_range: want"),
+        (["data", "build", "--num-puzzles", "9", "--output", "x.txt"], "ends in .jsonl or .parquet"),
+        (["data", "check", "no.jsonl"], "no file or folder 'no.jsonl'"),
+        (["train", "no.yaml"], "no.yaml: no such recipe"),
+        (["eval", "no/such-model"], "cannot be loaded"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["solve", "1", "2", "--target", "3", "--no-such-flag"]])
+def test_bad_arguments_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2

@@ -1,0 +1,103 @@
+import random
+import re
+from itertools import islice
+
+import pytest
+
+from mini_r1 import InputError
+from mini_r1.cold_start import (
+    LARGEST_INTEGER_TOKEN,
+    TASK,
+    ColdStart,
+    build_base,
+    build_tokenizer,
+    drills,
+    search_trace,
+    traces,
+)
+from mini_r1.completion import claims, parse_completion
+from mini_r1.countdown.expression import parse
+from mini_r1.countdown.puzzles import Puzzle
+from mini_r1.data import is_heldout
+from mini_r1.model import load_model, load_tokenizer
+
+TRY = re.compile(r"(?P<steps>[0-9+\-*/=, ]+) (?P<verdict>low|high|yes)")
+
+
+def test_traces_calculate_and_judge_truly_and_never_repeat_a_try():
+    for puzzle, completion in traces(ColdStart(num_traces=2000)):
+        parsed = parse_completion(completion)
+        assert parsed.well_formed
+        assert all(claim.true for claim in claims(completion))
+        lines = parsed.think.strip().split("\n")
+        assert len(lines) == len(set(lines))
+        for line in lines:
+            match = TRY.fullmatch(line)
+            value = int(match["steps"].rpartition("=")[2])
+            assert match["verdict"] == ("yes" if value == puzzle.target else "low" if value < puzzle.target else "high")
+        assert parse(parsed.answer).value == value  # the answer is the last try, right or wrong
+        assert sorted(parse(parsed.answer).numbers) == sorted(puzzle.nums)
+
+
+def test_traces_show_no_held_out_puzzle():
+    assert not any(is_heldout(puzzle.key, TASK) for puzzle, _ in traces(ColdStart(num_traces=20_000)))
+
+
+def test_impatience_is_what_the_settings_say():
+    puzzle = Puzzle((2, 3, 19), 100)  # out of reach of a first try
+    rng = random.Random(0)
+    tries = [search_trace(puzzle, rng, ColdStart(patient=0.0)).count("\n") - 2 for _ in range(2000)]
+    assert 1 / 0.6 * 0.9 < sum(tries) / len(tries) < 1 / 0.6 * 1.1
+    patient = search_trace(puzzle, rng, ColdStart(patient=1.0, max_tries=7))
+    assert parse_completion(patient).think.strip().count("\n") == 6
+
+
+def test_the_same_settings_give_the_same_traces():
+    first, second = (list(islice(traces(ColdStart()), 500)) for _ in range(2))
+    assert first == second
+
+
+TEXTS = [
+    "<|im_start|>user\nMake 34 using each of 17, 17, 19 once.<|im_end|>\n<|im_start|>assistant\n<think>",
+    "\n19-17=2, 17*2=34 yes\n</think>\n<answer>17*(19-17)</answer><|im_end|>",
+    "Hällo ½ 1234 0005  \n\n I'm 🙂 <b>",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_saved_and_loaded_the_tokenizer_gives_equal_ids(tmp_path, text):
+    built, shipped = build_tokenizer(), load_tokenizer("tiny_base")
+    load_model("tiny_base").config.save_pretrained(tmp_path)  # model_type qwen2 is what makes AutoTokenizer rebuild it
+    built.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    ids = built(text)["input_ids"]
+    assert ids == loaded(text)["input_ids"] == shipped(text)["input_ids"]
+    assert loaded.decode(ids) == text
+
+
+def test_every_small_integer_is_one_token():
+    ids = load_tokenizer("tiny_base")([str(n) for n in range(LARGEST_INTEGER_TOKEN + 1)])["input_ids"]
+    assert all(len(one) == 1 for one in ids)
+    assert len({one[0] for one in ids}) == LARGEST_INTEGER_TOKEN + 1
+
+
+def test_drills_are_true_and_cover_every_fact_a_try_can_need():
+    facts = {fact for text in drills(ColdStart(num_drills=20_000)) for fact in text.split(", ")}
+    assert all(claim.true for fact in facts for claim in claims(fact))
+    needed = {
+        step for _, completion in islice(traces(ColdStart()), 500) for step in re.findall(r"[0-9]+[-+*/][0-9]+=[0-9]+", completion)
+    }
+    assert needed <= facts
+
+
+@pytest.mark.slow
+def test_a_small_build_is_whole_and_repeatable(tmp_path):
+    small = ColdStart(num_traces=512, num_drills=128, hidden_size=64, intermediate_size=128, num_layers=1, num_heads=2)
+    for name in ("a", "b"):
+        build_base(tmp_path / name, small)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert {"config.json", "manifest.json", "model.safetensors", "recipe.yaml", "tokenizer.json"} <= set(files)
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    with pytest.raises(InputError, match="exists"):
+        build_base(tmp_path / "a", small)

@@ -1,0 +1,133 @@
+import json
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mini_r1 import InputError
+from mini_r1.cold_start import TASK
+from mini_r1.countdown.puzzles import Puzzle
+from mini_r1.data import load_split
+from mini_r1.evaluate import (
+    Sample,
+    confidence_interval,
+    evaluate_model,
+    heldout_puzzles,
+    pass_at_k,
+    sample_batches,
+    summarize,
+)
+from mini_r1.model import load_model, load_tokenizer
+from mini_r1.prompts import PROMPT_TEMPLATES
+
+KEYS = [
+    *("success", "ci95", "pass_at", "by_difficulty", "num_puzzles", "num_samples", "temperature", "split"),
+    *("mean_completion_tokens", "truncated"),
+]
+
+
+def wilson(successes, trials):
+    z, p = 1.959964, successes / trials
+    root = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    return tuple((p + z * z / (2 * trials) + sign * root) / (1 + z * z / trials) for sign in (-1, 1))
+
+
+def test_interval_with_one_sample_per_puzzle_is_wilsons():
+    assert confidence_interval([1] * 30 + [0] * 70, 1) == pytest.approx(wilson(30, 100))
+    assert confidence_interval([0] * 50, 1) == pytest.approx(wilson(0, 50), abs=1e-12)
+    assert confidence_interval([1] * 50, 1) == pytest.approx(wilson(50, 50))
+
+
+def test_samples_of_one_puzzle_do_not_count_as_independent():
+    assert confidence_interval([4] * 30 + [0] * 70, 4) == pytest.approx(wilson(30, 100))
+    # Binomial between the puzzles: nearly as good as independent samples.
+    rng = random.Random(0)
+    low, high = confidence_interval([sum(rng.random() < 0.3 for _ in range(4)) for _ in range(500)], 4)
+    assert high - low == pytest.approx(wilson(600, 2000)[1] - wilson(600, 2000)[0], rel=0.1)
+
+
+def test_interval_covers_the_truth_19_times_in_20():
+    rng = random.Random(1)
+    covered = 0
+    for _ in range(400):
+        rates = [rng.betavariate(0.5, 1.0) for _ in range(100)]  # the true mean is 1/3
+        low, high = confidence_interval([sum(rng.random() < rate for _ in range(4)) for rate in rates], 4)
+        covered += low <= 1 / 3 <= high
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_pass_at_k():
+    assert pass_at_k(4, 0, 4) == 0
+    assert pass_at_k(4, 1, 1) == pytest.approx(1 / 4)
+    assert pass_at_k(4, 1, 4) == 1
+    assert pass_at_k(4, 2, 2) == pytest.approx(1 - 1 / 6)
+
+
+def test_summary():
+    def sample(nums, target, equation, truncated=False):
+        return Sample(nums, target, "", 10, truncated, 1.0, equation)
+
+    samples = [sample((1, 2), 3, 1.0), sample((1, 2), 3, 0.0, True), sample((2, 3), 6, 0.0), sample((2, 3), 6, 0.0)]
+    result = summarize(samples, replace(TASK, num_eval_samples=2), step=5)
+    assert set(KEYS) <= result.keys()
+    assert (result["success"], result["num_puzzles"], result["truncated"], result["step"]) == (0.25, 2, 0.25, 5)
+    assert result["pass_at"] == {"1": 0.25, "2": 0.5}
+    assert result["plus_minus_only_share"] == 0.5
+    assert result["by_difficulty"]["plus_minus_only"]["true"]["success"] == 0.5
+    assert result["by_difficulty"]["operator_kinds"]["1"]["num_puzzles"] == 2
+    json.dumps(result)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_model("tiny_base"), load_tokenizer("tiny_base")
+
+
+def sample_base(base, puzzles, **options):
+    settings = {"num_samples": 2, "temperature": 1.0, "max_completion_length": 60, **options}
+    return dict(sample_batches(*base, puzzles, PROMPT_TEMPLATES["compact"], **settings))
+
+
+def test_the_result_does_not_depend_on_the_number_of_processes(base, monkeypatch):
+    monkeypatch.setattr("mini_r1.evaluate.BATCH_SIZE", 16)
+    puzzles = heldout_puzzles(load_split(TASK), TASK)[:20]
+    alone = sample_base(base, puzzles)
+    shared = [sample_base(base, puzzles, process=rank, num_processes=2) for rank in range(2)]
+    assert sorted(alone) == [0, 1, 2]
+    assert alone == shared[0] | shared[1]
+    assert [sample.nums for batch in alone.values() for sample in batch] == [p.nums for p in puzzles for _ in range(2)]
+
+
+def test_leaves_the_training_untouched(base):
+    base[0].train()
+    state = torch.get_rng_state()
+    sample_base(base, [Puzzle((1, 2, 3), 6)])
+    assert base[0].training
+    assert torch.equal(torch.get_rng_state(), state)
+    base[0].eval()
+
+
+def test_counts_tokens_up_to_the_end_and_truncation(base):
+    ((_, batch),) = sample_base(base, [Puzzle((1, 2, 3), 6)], num_samples=8, max_completion_length=5).items()
+    assert all(sample.truncated and sample.tokens == 5 and sample.equation == 0.0 for sample in batch)
+    ((_, batch),) = sample_base(base, [Puzzle((1, 2, 3), 6)], num_samples=8, max_completion_length=240).items()
+    finished = [sample for sample in batch if not sample.truncated]
+    assert finished
+    for sample in finished:
+        assert sample.tokens == len(base[1](sample.completion)["input_ids"]) + 1
+
+
+def test_evaluates_the_embedded_base_by_name():
+    result = evaluate_model("tiny_base", num_puzzles=20, num_samples=2)
+    assert set(KEYS) <= result.keys()
+    assert (result["num_puzzles"], result["num_samples"]) == (20, 2)
+    assert result == evaluate_model("tiny_base", num_puzzles=20, num_samples=2)
+
+
+def test_what_cannot_be_evaluated_is_explained(tmp_path):
+    with pytest.raises(InputError, match="cannot be loaded"):
+        evaluate_model("no/such-model", num_puzzles=5)
+    with pytest.raises(InputError, match="puzzles are held out"):
+        evaluate_model("tiny_base", num_puzzles=100_000)

@@ -1,0 +1,46 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from mini_r1 import InputError
+from mini_r1.cold_start import ColdStart
+from mini_r1.manifest import weights_hash
+from mini_r1.model import COMPLETE_MARKER, last_complete_checkpoint, load_model, load_tokenizer, model_path, run_weights
+
+
+def test_the_embedded_base_is_what_its_manifest_says():
+    folder = Path(model_path("tiny_base"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert weights_hash(folder) == manifest["weights_sha256"]
+    assert load_model("tiny_base").num_parameters() == manifest["parameters"]
+    assert manifest["cold_start"] == ColdStart().__dict__
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 8e6
+
+
+def test_the_embedded_base_loads_with_plain_auto_classes():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (kind.from_pretrained(model_path("tiny_base")) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert model.config.model_type == "qwen2"
+    assert len(tokenizer) == model.config.vocab_size
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True)
+    assert chat == "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_model_that_cannot_be_had_is_explained(load):
+    with pytest.raises(InputError, match="'no/such-model' cannot be loaded .* or tiny_base"):
+        load("no/such-model")
+
+
+def test_only_complete_checkpoints_count(tmp_path):
+    with pytest.raises(InputError, match="no complete checkpoint"):
+        run_weights(tmp_path)
+    for step in (5, 10, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step < 20:
+            (tmp_path / f"checkpoint-{step}" / COMPLETE_MARKER).touch()
+    assert last_complete_checkpoint(tmp_path) == run_weights(tmp_path) == tmp_path / "checkpoint-10"
+    (tmp_path / "config.json").touch()
+    assert run_weights(tmp_path) == tmp_path

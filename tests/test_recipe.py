@@ -1,0 +1,120 @@
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mini_r1 import InputError, recipe
+from mini_r1.recipe import TaskConfig, load_recipe
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+MINIMAL = "model_name_or_path: tiny_base\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "r.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_accepted(path):
+    assert load_recipe(path).run_dir == Path("runs") / path.stem
+
+
+def test_the_resolved_recipe_is_read_back_as_itself(write, tmp_path):
+    resolved = load_recipe(RECIPES[0])
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(resolved.as_dict()))
+    assert load_recipe(again).as_dict() == resolved.as_dict()
+
+
+def test_overrides(write):
+    path = write(MINIMAL + "seed: 1\n")
+    resolved = load_recipe(
+        path, ["--seed", "7", "--learning-rate=5e-7", "--reward_funcs", "equation", "--reward_weights", "0.5", "--use_cpu"]
+    )
+    assert resolved.training["seed"] == 7
+    assert resolved.training["learning_rate"] == 5e-7
+    assert resolved.training["use_cpu"] is True
+    assert resolved.training["reward_weights"] == [0.5]
+    assert resolved.task.reward_funcs == ("equation",)
+
+
+def test_yaml_traps_are_mended(write):
+    training = load_recipe(write(MINIMAL + "learning_rate: 5e-7\nsave_strategy: no\nreport_to: none\n")).training
+    assert (training["learning_rate"], training["save_strategy"], training["report_to"]) == (5e-7, "no", "none")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("learning_rat: 1", "line 2: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        ("num_generation: 8", "did you mean 'num_generations'?"),
+        ("seed: one", "line 2: seed: want an integer, got 'one'"),
+        ("bf16: 1", "bf16: want true or false, got 1"),
+        ("num_numbers: [3, x]", "num_numbers: want an integer, got 'x'"),
+        ("max_steps: 1\nmax_steps: 2", "line 3: max_steps is set twice; first in 2"),
+        ("prompt_template: r2", "line 2: prompt_template: no 'r2'; choose from mini-r1"),
+        ("reward_funcs: [fromat]", "line 2: reward_funcs: no reward 'fromat'; did you mean 'format'?"),
+        ("reward_funcs: []", "reward_funcs: name at least one reward"),
+        ("reward_weights: [1.0]", "reward_weights: 1 weights for 2 reward_funcs"),
+        ("number_range: [9, 1]", "number_range: want [low, high]"),
+        ("num_numbers: [9]", "num_numbers: each count is 2 to 6"),
+        ("test_share: 1.5", "test_share: want a share between 0 and 1"),
+        ("num_eval_puzzles: 0", "num_eval_puzzles: want at least 1"),
+        ("eval_temperature: 0", "eval_temperature: want more than 0"),
+        ("seed: [", "not valid YAML"),
+    ],
+)
+def test_mistakes_are_explained_in_one_line(write, line, message):
+    with pytest.raises(InputError) as caught:
+        load_recipe(write(MINIMAL + line + "\n"))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a list\n", "not a recipe"), ("seed: 1\n", "model_name_or_path is missing")])
+def test_files_that_are_no_recipe(write, text, message):
+    with pytest.raises(InputError, match=message):
+        load_recipe(write(text))
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(InputError, match=r"no-such\.yaml: no such recipe"):
+        load_recipe("no-such.yaml")
+
+
+def test_the_keys_read_from_source_are_those_of_the_classes():
+    from trl import GRPOConfig, ModelConfig
+
+    assert set(recipe._fields_of(recipe._TRAINING_CLASSES)) == {field.name for field in fields(GRPOConfig) if field.init}
+    assert set(recipe._fields_of(recipe._MODEL_CLASSES)) == {field.name for field in fields(ModelConfig) if field.init}
+
+
+def test_no_key_has_two_owners():
+    task = {field.name for field in fields(TaskConfig)}
+    model, training = (set(recipe._fields_of(classes)) for classes in (recipe._MODEL_CLASSES, recipe._TRAINING_CLASSES))
+    assert not task & model
+    assert not task & training
+    assert model & training <= {"trust_remote_code"}
+
+
+@pytest.mark.parametrize(
+    "command", [[Path(sys.executable).parent / "mini-r1", "train"], [sys.executable, "scripts/run_r1_grpo.py", "--config"]]
+)
+def test_a_misspelt_key_ends_in_seconds_with_exit_code_2(write, command):
+    path = write(MINIMAL + "learning_rat: 1\n")
+    started = time.perf_counter()
+    done = subprocess.run([*command, path], capture_output=True, text=True, cwd=RECIPES[0].parents[1])
+    assert time.perf_counter() - started < 2
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "did you mean 'learning_rate'?" in done.stderr

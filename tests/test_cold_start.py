@@ -11,7 +11,6 @@ from mini_r1.cold_start import (
     ColdStart,
     build_base,
     build_tokenizer,
-    drills,
     search_trace,
     traces,
 )
@@ -81,18 +80,9 @@ def test_every_small_integer_is_one_token():
     assert len({one[0] for one in ids}) == LARGEST_INTEGER_TOKEN + 1
 
 
-def test_drills_are_true_and_cover_every_fact_a_try_can_need():
-    facts = {fact for text in drills(ColdStart(num_drills=20_000)) for fact in text.split(", ")}
-    assert all(claim.true for fact in facts for claim in claims(fact))
-    needed = {
-        step for _, completion in islice(traces(ColdStart()), 500) for step in re.findall(r"[0-9]+[-+*/][0-9]+=[0-9]+", completion)
-    }
-    assert needed <= facts
-
-
 @pytest.mark.slow
 def test_a_small_build_is_whole_and_repeatable(tmp_path):
-    small = ColdStart(num_traces=512, num_drills=128, hidden_size=64, intermediate_size=128, num_layers=1, num_heads=2)
+    small = ColdStart(num_traces=512, hidden_size=64, intermediate_size=128, num_layers=1, num_heads=2)
     for name in ("a", "b"):
         build_base(tmp_path / name, small)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())

@@ -30,7 +30,7 @@ def test_the_embedded_base_loads_with_plain_auto_classes():
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_a_model_that_cannot_be_had_is_explained(load):
-    with pytest.raises(InputError, match="'no/such-model' cannot be loaded .* or tiny_base"):
+    with pytest.raises(InputError, match=r"'no/such-model' cannot be loaded .* or tiny_base"):
         load("no/such-model")
 
 

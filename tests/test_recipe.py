@@ -71,6 +71,7 @@ def test_yaml_traps_are_mended(write):
         ("test_share: 1.5", "test_share: want a share between 0 and 1"),
         ("num_eval_puzzles: 0", "num_eval_puzzles: want at least 1"),
         ("eval_temperature: 0", "eval_temperature: want more than 0"),
+        ("resume_from_checkpoint: x", "line 2: a run resumes by itself"),
         ("seed: [", "not valid YAML"),
     ],
 )

@@ -214,7 +214,7 @@ def confidence_interval(correct: Sequence[int], num_samples: int) -> tuple[float
     z = 1.959964
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return 0.0 if p == 0 else centre - half, 1.0 if p == 1 else centre + half
 
 
 def _judge(puzzles: Sequence[Puzzle], completions: list[list[int]], tokenizer: Any, stop_ids: set[int]) -> list[Sample]:

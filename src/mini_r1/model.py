@@ -37,7 +37,9 @@ def load_model(name: str, revision: str | None = None) -> Any:
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(model_path(name), revision=revision, dtype="auto")
     except (OSError, ValueError) as error:

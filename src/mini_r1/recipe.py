@@ -142,6 +142,11 @@ def _resolve(name: str, given: dict[str, Any], where: dict[str, str]) -> Recipe:
             raise InputError(f"{where[key]}: {key}: {error}") from None
     if not parts["model"].get("model_name_or_path"):
         raise InputError(f"{name}: model_name_or_path is missing; write tiny_base, a folder, or a model id of the hub")
+    if "resume_from_checkpoint" in given:
+        raise InputError(
+            f"{where['resume_from_checkpoint']}: a run resumes by itself; to start from another model, "
+            "write its folder as model_name_or_path"
+        )
     parts["training"].setdefault("output_dir", f"runs/{name}")
     try:
         task = TaskConfig(**parts["task"])

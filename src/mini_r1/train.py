@@ -21,6 +21,7 @@ import yaml
 from accelerate.utils import gather_object
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 from trl.models.utils import unwrap_model_for_generation
 
@@ -38,7 +39,7 @@ from mini_r1.evaluate import heldout_puzzles, progress_bar, sample_batches, summ
 from mini_r1.manifest import build_manifest, write_json, write_text
 from mini_r1.model import checkpoints, last_complete_checkpoint, load_tokenizer, model_error, model_path
 from mini_r1.prompts import PROMPT_TEMPLATES
-from mini_r1.recipe import Recipe, load_recipe
+from mini_r1.recipe import Recipe
 from mini_r1.rewards import get_reward_functions
 
 # Keys that may change when a run is continued: they do not touch what the earlier steps computed.
@@ -46,17 +47,12 @@ CONTINUABLE_KEYS = {"max_steps", "num_train_epochs", "report_to", "push_to_hub"}
 CONTINUABLE_PREFIXES = ("save_", "logging_", "log_", "hub_", "num_eval_", "eval_", "vllm_server_")
 
 
-def main(config: str | Path, overrides: list[str]) -> None:
-    """Run one recipe to its end.
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Train as the recipe says and return the summary (also in `summary.json`). Every process of a launch calls this.
 
     Raises:
         InputError: the recipe, its model or its data cannot be used, or its run folder holds something else.
     """
-    run(load_recipe(config, overrides))
-
-
-def run(recipe: Recipe) -> dict[str, Any]:
-    """Train as the recipe says and return the summary (also in `summary.json`). Every process of a launch calls this."""
     run_dir = recipe.run_dir
     # Before anything else starts or is written: whether this folder is ours to continue.
     finished = _finished_summary(recipe)
@@ -66,12 +62,12 @@ def run(recipe: Recipe) -> dict[str, Any]:
         return finished
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    disable_progress_bar()
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
     template = PROMPT_TEMPLATES[recipe.task.prompt_template]
     split = load_split(recipe.task)
     heldout = heldout_puzzles(split, recipe.task)
-    model_args = ModelConfig(**recipe.model)
-    args, eval_every = _training_arguments(recipe, model_args)
+    model_args, args, eval_every = _arguments(recipe)
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     dataset, too_long = prompt_dataset(split.train, template, tokenizer, recipe.task.max_prompt_length)
 
@@ -83,8 +79,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if is_main:
         data = {"sha256": split.hash, "train": len(dataset), "heldout": len(split.heldout)}
         _open_run(recipe, trainer, data | {"duplicates": split.duplicates, "too_long": too_long}, resumed=checkpoint)
-        if checkpoint is not None:
-            samples.rewind(int(checkpoint.name.rpartition("-")[2]))
+        samples.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
 
     def evaluate(name: str) -> dict[str, Any]:
         return _evaluate(trainer, recipe, tokenizer, heldout, run_dir / "eval" / f"{name}.json")
@@ -127,23 +122,24 @@ def describe(summary: dict[str, Any]) -> str:
 # ---- Building ---------------------------------------------------------------------------------------------------------------
 
 
-def _training_arguments(recipe: Recipe, model_args: ModelConfig) -> tuple[GRPOConfig, int | None]:
+def _arguments(recipe: Recipe) -> tuple[ModelConfig, GRPOConfig, int | None]:
     """TRL's arguments, and every how many steps to evaluate on held-out puzzles (our own evaluation, not the Trainer's)."""
     given = dict(recipe.training)
     strategy, eval_steps = given.pop("eval_strategy", "no"), given.pop("eval_steps", None)
     if strategy not in ("no", "steps") or (strategy == "steps" and not eval_steps):
         raise InputError("eval_strategy: write 'no', or 'steps' together with eval_steps")
-    # The original recipe's dtype, attention and revision never reached its model.
-    given["model_init_kwargs"] = {
-        "revision": model_args.model_revision,
-        "dtype": model_args.dtype,
-        "attn_implementation": model_args.attn_implementation,
-        **(given.get("model_init_kwargs") or {}),
-    }
     if given.get("push_to_hub") and not (given.get("hub_token") or huggingface_hub.get_token()):
         raise InputError("push_to_hub: no hub token here; run 'hf auth login', or write push_to_hub: false")
     try:
-        return GRPOConfig(**given), eval_steps if strategy == "steps" else None
+        model_args = ModelConfig(**recipe.model)
+        # The original recipe's dtype, attention and revision never reached its model.
+        given["model_init_kwargs"] = {
+            "revision": model_args.model_revision,
+            "dtype": model_args.dtype,
+            "attn_implementation": model_args.attn_implementation,
+            **(given.get("model_init_kwargs") or {}),
+        }
+        return model_args, GRPOConfig(**given), eval_steps if strategy == "steps" else None
     except (ValueError, ImportError) as error:
         raise InputError(f"{recipe.name}: {' '.join(str(error).split())}") from error
 

@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+
+from mini_r1 import InputError
+from mini_r1.callbacks import SampleWriter
+from mini_r1.model import COMPLETE_MARKER, load_tokenizer
+from mini_r1.recipe import load_recipe
+from mini_r1.train import _arguments, _build_trainer, _checkpoint_to_resume, _finished_summary
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "tiny-cpu.yaml"
+
+
+def build(tmp_path, *overrides):
+    recipe = load_recipe(RECIPE, ["--output_dir", str(tmp_path / "run"), *overrides])
+    model_args, args, _ = _arguments(recipe)
+    dataset = Dataset.from_list([{"prompt": "x", "nums": [1, 2, 3], "target": 6}] * 64)
+    return _build_trainer(recipe, model_args, args, dataset, load_tokenizer("tiny_base"), SampleWriter(tmp_path))
+
+
+def test_dtype_and_attention_reach_the_model(tmp_path):
+    model = build(tmp_path, "--dtype", "bfloat16", "--attn_implementation", "eager").model
+    assert model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "eager"
+
+
+def test_lora_reaches_the_model(tmp_path):
+    model = build(tmp_path, "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj").model
+    assert isinstance(model, PeftModel)
+    assert model.peft_config["default"].r == 4
+    assert all("lora" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def test_rewards_and_their_weights_reach_the_trainer(tmp_path):
+    trainer = build(tmp_path, "--reward_funcs", "equation", "format", "--reward_weights", "1.0", "0.1")
+    assert trainer.reward_func_names == ["equation_reward", "format_reward"]
+    assert trainer.reward_weights.tolist() == pytest.approx([1.0, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--load_in_8bit", "--load_in_4bit"], "8"),
+        (["--num_generations", "5"], "divisible"),
+        (["--push_to_hub"], "no hub token here"),
+        (["--eval_strategy", "epoch"], "write 'no', or 'steps'"),
+        (["--model_name_or_path", "no/such-model"], "cannot be loaded"),
+        (["--num_generations", "2", "--per_device_train_batch_size", "64"], "one generation batch takes 256"),
+    ],
+)
+def test_what_cannot_work_is_explained(tmp_path, overrides, message):
+    with pytest.raises(InputError, match=message) as caught:
+        build(tmp_path, *overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_torn_checkpoints_are_removed_and_the_last_complete_one_is_resumed(tmp_path, capsys):
+    for step in (5, 10, 15):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-10" / COMPLETE_MARKER).touch()
+    assert _checkpoint_to_resume(tmp_path, is_main=True) == tmp_path / "checkpoint-10"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-5"]
+    assert "checkpoint-15: it was not written to its end" in capsys.readouterr().out
+    assert _checkpoint_to_resume(tmp_path / "new", is_main=True) is None
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match="is no run of ours"):
+        _finished_summary(load_recipe(RECIPE, ["--output_dir", str(tmp_path)]))
+    (tmp_path / "thesis.tex").unlink()
+    assert _finished_summary(load_recipe(RECIPE, ["--output_dir", str(tmp_path)])) is None

@@ -103,9 +103,9 @@ def test_missing_data_is_explained(source, message):
 
 
 def test_too_few_puzzles_are_explained(tmp_path):
-    write_puzzles(PUZZLES[:2], tmp_path / "two.jsonl")
+    write_puzzles(PUZZLES[:1], tmp_path / "one.jsonl")
     with pytest.raises(InputError, match="use more puzzles or another test_share"):
-        from_file(tmp_path / "two.jsonl")
+        from_file(tmp_path / "one.jsonl")
     with pytest.raises(InputError, match="num_puzzles: found"):
         load_split(TaskConfig(num_puzzles=100, num_numbers=(2,), number_range=(1, 3)))
 

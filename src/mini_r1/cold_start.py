@@ -17,6 +17,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
@@ -69,8 +70,8 @@ class ColdStart:
 
     Attributes:
         num_traces: searches to learn from; each puzzle of the training part is used equally often.
-        largest_result: products stay at or below this, which bounds the arithmetic to about 9,000 facts (all but 0.1 % of the
-            puzzles stay solvable).
+        largest_result: products stay at or below this, which bounds the arithmetic to be learned (all but 1 % of the puzzles
+            stay solvable).
         directed: how often the last operator of a try is the one that lands nearest to the target; otherwise any.
         patient: the share of traces that search until solved.
         give_up: the chance to give up after each failed try in all other traces.
@@ -78,9 +79,9 @@ class ColdStart:
     """
 
     seed: int = 0
-    num_traces: int = 240_000
-    largest_result: int = 200
-    directed: float = 0.5
+    num_traces: int = 250_000
+    largest_result: int = 100
+    directed: float = 0.7
     patient: float = 0.05
     give_up: float = 0.6
     max_tries: int = 10
@@ -145,6 +146,11 @@ def _step(first: Term, second: Term, target: int, is_last: bool, rng: random.Ran
     return f"{left.value}{operator}{right.value}={value}", Term(value, f"({left.text}{operator}{right.text})")
 
 
+@lru_cache(maxsize=1)
+def _training_puzzles(seed: int) -> tuple[Puzzle, ...]:
+    return tuple(puzzle for puzzle in generate(TASK.num_puzzles, seed, TASK.space) if not is_heldout(puzzle.key, TASK))
+
+
 def _results(larger: int, smaller: int, largest_product: int) -> dict[str, int]:
     """What the operators make of two numbers >= 1: positive integers only."""
     results = {"+": larger + smaller}
@@ -160,7 +166,7 @@ def _results(larger: int, smaller: int, largest_product: int) -> dict[str, int]:
 def traces(recipe: ColdStart) -> Iterator[tuple[Puzzle, str]]:
     """The supervised examples: puzzles of the training part, each used equally often, and a completion for each."""
     rng = random.Random(recipe.seed)
-    puzzles = [p for p in generate(TASK.num_puzzles, recipe.seed, TASK.space) if not is_heldout(p.key, TASK)]
+    puzzles = list(_training_puzzles(recipe.seed))
     for index in range(recipe.num_traces):
         if index % len(puzzles) == 0:
             rng.shuffle(puzzles)

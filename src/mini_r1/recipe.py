@@ -258,13 +258,15 @@ def _typed(value: Any, annotation: str) -> Any:
         fits = "dict" in kinds
     else:
         fits = False
+    containers = kinds & {"list", "tuple"}
     known = {"None", "bool", "int", "float", "str", "list", "tuple", "dict"}
     if not fits and kinds <= known:
-        if not isinstance(value, list | dict) and kinds & {"list", "tuple"}:
-            return [_typed(value, _item(names))]
-        raise TypeError(f"want {' or '.join(_SPOKEN[kind] for kind in sorted(kinds - {'None'}))}, got {value!r}")
-    if isinstance(value, list) and "tuple" in kinds:
-        return tuple(_typed(item, _item(names)) for item in value)
+        if not containers or isinstance(value, list | dict):
+            raise TypeError(f"want {' or '.join(_SPOKEN[kind] for kind in sorted(kinds - {'None'}))}, got {value!r}")
+        value = [value]  # one value where a list is wanted
+    if isinstance(value, list) and containers:
+        items = [_typed(item, _item(names)) for item in value]
+        return tuple(items) if "tuple" in kinds else items
     return value
 
 
@@ -289,8 +291,11 @@ def _union_parts(node: ast.expr) -> list[ast.expr]:
 
 
 def _item(names: list[str]) -> str:
-    container = next(name for name in names if name.startswith(("list", "tuple")))
-    return container.partition("[")[2].removesuffix("]").partition(",")[0] or "Any"
+    """The annotation of a list's items: `int` of `tuple[int, ...] | None`."""
+    container = ast.parse(next(name for name in names if name.startswith(("list", "tuple"))), mode="eval").body
+    if not isinstance(container, ast.Subscript):
+        return "Any"
+    return ast.unparse(container.slice.elts[0] if isinstance(container.slice, ast.Tuple) else container.slice)
 
 
 def _one_line(error: Exception) -> str:

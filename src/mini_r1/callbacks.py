@@ -20,7 +20,7 @@ from transformers.trainer_callback import ExportableState
 
 from mini_r1.countdown.puzzles import uniform_hash
 from mini_r1.model import COMPLETE_MARKER
-from mini_r1.rewards import RewardFunction
+from mini_r1.rewards import RewardFunction, completion_text
 
 # The share of completions that `samples/` keeps: the original's.
 SAMPLE_SHARE = 0.1
@@ -94,9 +94,8 @@ class SampleWriter:
 
     @staticmethod
     def _entry(step: int, nums: Sequence[int], target: int, rewards: dict[str, float], completion: Any) -> str:
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
         # A completion cannot forge an entry: a line of its own that looks like a header is indented.
-        text = text.replace("\n==== step ", "\n ==== step ")
+        text = completion_text(completion).replace("\n==== step ", "\n ==== step ")
         return f"==== step {step} nums {json.dumps(list(nums))} target {target} rewards {json.dumps(rewards)}\n<think>{text}\n\n"
 
 

@@ -231,8 +231,7 @@ def build_base(output_dir: Path, recipe: ColdStart | None = None) -> dict[str, o
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     # What `mini-r1 eval` needs to know of a model that is not a run: its puzzles, prompt and length.
-    task = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(TASK).items()}
-    own_recipe = {"model_name_or_path": TINY_BASE, **task, "max_completion_length": MAX_COMPLETION_LENGTH}
+    own_recipe = {"model_name_or_path": TINY_BASE, **TASK.as_dict(), "max_completion_length": MAX_COMPLETION_LENGTH}
     write_text(partial / "recipe.yaml", yaml.safe_dump(own_recipe, sort_keys=False))
     manifest = {
         "made_by": "mini-r1 base build",

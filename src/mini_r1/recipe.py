@@ -88,6 +88,10 @@ class TaskConfig:
     def space(self) -> PuzzleSpace:
         return PuzzleSpace(tuple(self.num_numbers), tuple(self.number_range), tuple(self.target_range))
 
+    def as_dict(self) -> dict[str, Any]:
+        """All keys, ready for YAML."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -104,8 +108,7 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as resolved, ready for YAML: the task's keys with their defaults, the others as given."""
-        task = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.task).items()}
-        return {**self.model, **task, **self.training}
+        return {**self.model, **self.task.as_dict(), **self.training}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -25,7 +25,7 @@ def format_reward(completions: Sequence[Any], **columns: Any) -> list[float]:
     Args:
         completions: texts that follow a prefilled `<think>`, or TRL's conversational form of them.
     """
-    return [float(parse_completion(_text(completion)).well_formed) for completion in completions]
+    return [float(parse_completion(completion_text(completion)).well_formed) for completion in completions]
 
 
 def equation_reward(
@@ -46,7 +46,7 @@ def equation_reward(
     rewards = []
     for completion, value, numbers in zip(completions, target, nums, strict=True):
         value, numbers = Fraction(str(value)), [int(n) for n in numbers]
-        answer = parse_completion(_text(completion)).answer
+        answer = parse_completion(completion_text(completion)).answer
         rewards.append(float(answer is not None and is_solution(answer, numbers, value)))
     return rewards
 
@@ -87,5 +87,6 @@ def _get_reward_function(name: str) -> RewardFunction:
     return function
 
 
-def _text(completion: Any) -> str:
+def completion_text(completion: Any) -> str:
+    """The text of a completion, which TRL hands over as a string or as a conversation."""
     return completion if isinstance(completion, str) else completion[-1]["content"]

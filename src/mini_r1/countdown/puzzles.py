@@ -49,10 +49,10 @@ class PuzzleSpace:
     def __post_init__(self):
         if not self.num_numbers or not all(MIN_NUMBERS <= n <= MAX_NUMBERS for n in self.num_numbers):
             raise ValueError(f"num_numbers: each count is {MIN_NUMBERS} to {MAX_NUMBERS}, got {list(self.num_numbers)}")
-        for name, smallest in (("number_range", 0), ("target_range", 0)):
+        for name in ("number_range", "target_range"):
             low, high = getattr(self, name)
-            if not smallest <= low <= high:
-                raise ValueError(f"{name}: want [low, high] with {smallest} <= low <= high, got {[low, high]}")
+            if not 0 <= low <= high:
+                raise ValueError(f"{name}: want [low, high] with 0 <= low <= high, got {[low, high]}")
 
 
 def uniform_hash(*parts: object) -> int:

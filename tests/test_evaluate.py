@@ -20,7 +20,6 @@ from mini_r1.evaluate import (
     summarize,
 )
 from mini_r1.model import load_model, load_tokenizer
-from mini_r1.prompts import PROMPT_TEMPLATES
 
 KEYS = [
     *("success", "ci95", "pass_at", "by_difficulty", "num_puzzles", "num_samples", "temperature", "split"),
@@ -85,9 +84,9 @@ def base():
     return load_model("tiny_base"), load_tokenizer("tiny_base")
 
 
-def sample_base(base, puzzles, **options):
-    settings = {"num_samples": 2, "temperature": 1.0, "max_completion_length": 60, **options}
-    return dict(sample_batches(*base, puzzles, PROMPT_TEMPLATES["compact"], **settings))
+def sample_base(base, puzzles, num_samples=2, max_completion_length=60, **options):
+    task = replace(TASK, num_eval_samples=num_samples)
+    return dict(sample_batches(*base, puzzles, task, max_completion_length=max_completion_length, **options))
 
 
 def test_the_result_does_not_depend_on_the_number_of_processes(base, monkeypatch):

@@ -6,7 +6,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from mini_r1 import InputError
-from mini_r1.callbacks import SampleWriter
+from mini_r1.callbacks import RolloutRecorder
 from mini_r1.model import COMPLETE_MARKER, load_tokenizer
 from mini_r1.recipe import load_recipe
 from mini_r1.train import _arguments, _build_trainer, _checkpoint_to_resume, _finished_summary
@@ -18,7 +18,7 @@ def build(tmp_path, *overrides):
     recipe = load_recipe(RECIPE, ["--output_dir", str(tmp_path / "run"), *overrides])
     model_args, args, _ = _arguments(recipe)
     dataset = Dataset.from_list([{"prompt": "x", "nums": [1, 2, 3], "target": 6}] * 64)
-    return _build_trainer(recipe, model_args, args, dataset, load_tokenizer("tiny_base"), SampleWriter(tmp_path))
+    return _build_trainer(recipe, model_args, args, dataset, load_tokenizer("tiny_base"), RolloutRecorder(tmp_path))
 
 
 def test_dtype_and_attention_reach_the_model(tmp_path):

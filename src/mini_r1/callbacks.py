@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from mini_r1.behaviors import behavior, summarize_behaviors
 from mini_r1.countdown.puzzles import uniform_hash
 from mini_r1.model import COMPLETE_MARKER
 from mini_r1.rewards import RewardFunction, completion_text
@@ -26,11 +27,12 @@ from mini_r1.rewards import RewardFunction, completion_text
 SAMPLE_SHARE = 0.1
 
 
-class SampleWriter:
-    """Writes `completion_samples.txt` and `success_completion_samples.txt`: one in ten completions, and one in ten solved ones.
+class RolloutRecorder:
+    """Logs how the model behaves, and writes one in ten completions and one in ten solved ones to the original's two files.
 
-    It watches the reward functions of rank 0, so it sees exactly what was judged. Which completions are kept depends on step and
-    position alone, and a resumed run first drops the entries after its checkpoint: the files end up as if never interrupted.
+    It watches the reward functions, so it sees exactly what was judged. Behaviours are logged over the completions of all ranks;
+    rank 0 writes its own. Which completions are kept depends on step and position alone, and a resumed run first drops the entries
+    after its checkpoint: the files end up as if never interrupted.
     """
 
     FILES = ("completion_samples.txt", "success_completion_samples.txt")
@@ -70,12 +72,21 @@ class SampleWriter:
         return watched
 
     def _note(self, name: str, scores: list[float], columns: dict[str, Any]) -> list[float]:
-        if columns["trainer_state"].is_world_process_zero:
-            self._scores[name] = scores
-            if len(self._scores) == len(self._names):
+        self._scores[name] = scores
+        if len(self._scores) == len(self._names):
+            self._log_behaviors(columns)
+            if columns["trainer_state"].is_world_process_zero:
                 self._write(columns)
-                self._scores = {}
+            self._scores = {}
         return scores
+
+    @staticmethod
+    def _log_behaviors(columns: dict[str, Any]) -> None:
+        texts = map(completion_text, columns["completions"])
+        seen = [behavior(*each) for each in zip(texts, columns["target"], columns["nums"], strict=True)]
+        for name, value in summarize_behaviors(seen).items():
+            if value is not None:
+                columns["log_metric"](f"behaviors/{name}", value)
 
     def _write(self, columns: dict[str, Any]) -> None:
         step = columns["trainer_state"].global_step + 1

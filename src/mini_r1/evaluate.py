@@ -20,11 +20,12 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from mini_r1 import InputError
+from mini_r1.behaviors import behavior, summarize_behaviors
 from mini_r1.countdown.puzzles import Puzzle, uniform_hash
 from mini_r1.countdown.solver import Difficulty, difficulty
 from mini_r1.data import Split, load_split
 from mini_r1.model import load_model, load_tokenizer, model_path, run_weights
-from mini_r1.prompts import PROMPT_TEMPLATES, PromptTemplate
+from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TRAINING_DEFAULTS, TaskConfig, load_recipe
 from mini_r1.rewards import equation_reward, format_reward
 
@@ -81,9 +82,7 @@ def evaluate_model(
             model,
             tokenizer,
             puzzles,
-            PROMPT_TEMPLATES[task.prompt_template],
-            num_samples=task.num_eval_samples,
-            temperature=task.eval_temperature,
+            task,
             max_completion_length=training["max_completion_length"],
             seed=seed,
             on_batch=bar.update,
@@ -116,10 +115,8 @@ def sample_batches(
     model: Any,
     tokenizer: Any,
     puzzles: Sequence[Puzzle],
-    template: PromptTemplate,
+    task: TaskConfig,
     *,
-    num_samples: int,
-    temperature: float,
     max_completion_length: int,
     seed: int = 0,
     process: int = 0,
@@ -130,14 +127,16 @@ def sample_batches(
 
     Args:
         model: a causal language model with `generate`.
+        task: says the prompt, the temperature and the number of samples per puzzle.
         max_completion_length: in tokens; longer completions are cut and count as truncated.
         on_batch: called after each batch with the number of completions it held.
     """
+    num_samples, template = task.num_eval_samples, PROMPT_TEMPLATES[task.prompt_template]
     per_batch = max(1, BATCH_SIZE // num_samples)
     stop_ids = _stop_ids(model, tokenizer)
     generation = GenerationConfig(
         do_sample=True,
-        temperature=temperature,
+        temperature=task.eval_temperature,
         # Spelt out, since what is left out is filled in from the model's own generation_config.
         top_k=0,
         top_p=1.0,
@@ -172,6 +171,7 @@ def summarize(samples: Sequence[Sample], task: TaskConfig, **facts: Any) -> dict
     num_samples = task.num_eval_samples
     by_puzzle = [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
     correct = [sum(int(sample.equation) for sample in group) for group in by_puzzle]
+    shown = [group[0] for group in by_puzzle[:3]]
     difficulties = [difficulty(group[0].nums, group[0].target) for group in by_puzzle]
     return {
         "success": fmean(sample.equation for sample in samples),
@@ -180,6 +180,7 @@ def summarize(samples: Sequence[Sample], task: TaskConfig, **facts: Any) -> dict
         "by_difficulty": _by_difficulty(correct, difficulties, num_samples),
         "plus_minus_only_share": fmean(d is not None and d.plus_minus_only for d in difficulties),
         "format": fmean(sample.format for sample in samples),
+        "behaviors": summarize_behaviors([behavior(sample.completion, sample.target, sample.nums) for sample in samples]),
         "mean_completion_tokens": fmean(sample.tokens for sample in samples),
         "truncated": fmean(sample.truncated for sample in samples),
         "num_puzzles": len(by_puzzle),
@@ -187,6 +188,7 @@ def summarize(samples: Sequence[Sample], task: TaskConfig, **facts: Any) -> dict
         "temperature": task.eval_temperature,
         "split": f"held-out, split_seed {task.split_seed}, test_share {task.test_share}",
         "rule": RULE,
+        "examples": [{"nums": s.nums, "target": s.target, "completion": s.completion, "solved": s.equation == 1.0} for s in shown],
         **facts,
     }
 

@@ -57,7 +57,12 @@ def model_error(name: str, error: Exception) -> InputError:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, newest first, torn ones included."""
-    return sorted(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return sorted(run_dir.glob("checkpoint-*"), key=checkpoint_step, reverse=True)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def last_complete_checkpoint(run_dir: Path) -> Path | None:

@@ -30,14 +30,14 @@ from mini_r1.callbacks import (
     CheckpointMarker,
     HeldOutEvaluation,
     Progress,
-    SampleWriter,
+    RolloutRecorder,
     TrainClock,
 )
 from mini_r1.countdown.puzzles import Puzzle
 from mini_r1.data import load_split, prompt_dataset
 from mini_r1.evaluate import heldout_puzzles, progress_bar, sample_batches, summarize
 from mini_r1.manifest import build_manifest, write_json, write_text
-from mini_r1.model import checkpoints, last_complete_checkpoint, load_tokenizer, model_error, model_path
+from mini_r1.model import checkpoint_step, checkpoints, last_complete_checkpoint, load_tokenizer, model_error, model_path
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import Recipe
 from mini_r1.rewards import get_reward_functions
@@ -71,15 +71,15 @@ def run(recipe: Recipe) -> dict[str, Any]:
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     dataset, too_long = prompt_dataset(split.train, template, tokenizer, recipe.task.max_prompt_length)
 
-    samples = SampleWriter(run_dir / "samples")
-    trainer = _build_trainer(recipe, model_args, args, dataset, tokenizer, samples)
+    recorder = RolloutRecorder(run_dir / "samples")
+    trainer = _build_trainer(recipe, model_args, args, dataset, tokenizer, recorder)
     is_main = trainer.accelerator.is_main_process
     checkpoint = _checkpoint_to_resume(run_dir, is_main)
     trainer.accelerator.wait_for_everyone()
     if is_main:
         data = {"sha256": split.hash, "train": len(dataset), "heldout": len(split.heldout)}
         _open_run(recipe, trainer, data | {"duplicates": split.duplicates, "too_long": too_long}, resumed=checkpoint)
-        samples.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+        recorder.rewind(checkpoint_step(checkpoint) if checkpoint else 0)
 
     def evaluate(name: str) -> dict[str, Any]:
         return _evaluate(trainer, recipe, tokenizer, heldout, run_dir / "eval" / f"{name}.json")
@@ -92,6 +92,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(run_dir))
+    trainer.save_state()  # trainer_state.json: every logged scalar
     after = evaluate("after")
     summary = {}
     if is_main:
@@ -145,7 +146,7 @@ def _arguments(recipe: Recipe) -> tuple[ModelConfig, GRPOConfig, int | None]:
 
 
 def _build_trainer(
-    recipe: Recipe, model_args: ModelConfig, args: GRPOConfig, dataset: Any, tokenizer: Any, samples: SampleWriter
+    recipe: Recipe, model_args: ModelConfig, args: GRPOConfig, dataset: Any, tokenizer: Any, recorder: RolloutRecorder
 ) -> GRPOTrainer:
     per_step = args.generation_batch_size // args.num_generations
     if len(dataset) < per_step:
@@ -154,7 +155,7 @@ def _build_trainer(
     try:
         trainer = GRPOTrainer(
             model=model_path(model_args.model_name_or_path),
-            reward_funcs=samples.watch(get_reward_functions(recipe.task.reward_funcs)),
+            reward_funcs=recorder.watch(get_reward_functions(recipe.task.reward_funcs)),
             args=args,
             train_dataset=dataset,
             processing_class=tokenizer,
@@ -246,9 +247,7 @@ def _evaluate(trainer: GRPOTrainer, recipe: Recipe, tokenizer: Any, puzzles: Seq
             model,
             tokenizer,
             puzzles,
-            PROMPT_TEMPLATES[task.prompt_template],
-            num_samples=task.num_eval_samples,
-            temperature=task.eval_temperature,
+            task,
             max_completion_length=trainer.args.max_completion_length,
             process=accelerator.process_index,
             num_processes=accelerator.num_processes,

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mini_r1.callbacks import SampleWriter
+from mini_r1.callbacks import RolloutRecorder
 from mini_r1.evaluate import evaluate_model
 from mini_r1.model import COMPLETE_MARKER, load_model, load_tokenizer
 
@@ -63,11 +64,15 @@ def test_a_run_is_a_complete_folder(straight):
         result = json.loads((run_dir / "eval" / f"{name}.json").read_text())
         assert (result["num_puzzles"], result["num_samples"], result["temperature"]) == (20, 2, 1.0)
         assert summary[f"success_{name}"] == result["success"]
+        assert 0 < result["behaviors"]["true_arithmetic"] <= 1
+        assert len(result["examples"]) == 3
     assert summary["steps"] == 6
     assert summary["train_seconds"] > 0
-    assert list((run_dir / "tensorboard").glob("events.out.tfevents.*"))
+    scalars = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    for name in ("train/reward", "train/behaviors/tries", "train/behaviors/gave_up", "eval/success"):
+        assert scalars.Scalars(name), name
     assert "countdown" in (run_dir / "README.md").read_text().lower() or "GRPO" in (run_dir / "README.md").read_text()
-    assert "==== step " in (run_dir / "samples" / SampleWriter.FILES[0]).read_text()
+    assert "==== step " in (run_dir / "samples" / RolloutRecorder.FILES[0]).read_text()
     assert "held-out success" in printed
     assert "step 6/6  reward" in printed
 
@@ -108,7 +113,7 @@ def test_kill_9_loses_nothing(straight, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
     assert f"removing {torn}" in done.stdout
-    for name in ("model.safetensors", *(f"samples/{name}" for name in SampleWriter.FILES)):
+    for name in ("model.safetensors", *(f"samples/{name}" for name in RolloutRecorder.FILES)):
         assert (run_dir / name).read_bytes() == (straight[0] / name).read_bytes(), name
     results = [json.loads((folder / "eval" / "after.json").read_text()) for folder in (run_dir, straight[0])]
     assert results[0]["success"] == results[1]["success"]

@@ -9,6 +9,7 @@ from mini_r1.cold_start import (
     LARGEST_INTEGER_TOKEN,
     TASK,
     ColdStart,
+    _dataset,
     build_base,
     build_tokenizer,
     search_trace,
@@ -24,10 +25,10 @@ TRY = re.compile(r"(?P<steps>[0-9+\-*/=, ]+) (?P<verdict>low|high|yes)")
 
 
 def test_traces_calculate_and_judge_truly_and_never_repeat_a_try():
-    for puzzle, completion in traces(ColdStart(num_traces=2000)):
-        parsed = parse_completion(completion)
+    for trace in traces(ColdStart(num_traces=2000)):
+        puzzle, parsed = trace.puzzle, parse_completion(trace.completion)
         assert parsed.well_formed
-        assert all(claim.true for claim in claims(completion))
+        assert all(claim.true for claim in claims(trace.completion))
         lines = parsed.think.strip().split("\n")
         assert len(lines) == len(set(lines))
         for line in lines:
@@ -38,17 +39,40 @@ def test_traces_calculate_and_judge_truly_and_never_repeat_a_try():
         assert sorted(parse(parsed.answer).numbers) == sorted(puzzle.nums)
 
 
+def test_a_patient_search_finds_nearly_every_solution():
+    patient = list(traces(ColdStart(num_traces=2000, patient=1.0)))
+    assert sum(" yes" in trace.completion for trace in patient) > 0.96 * len(patient)
+    assert max(trace.completion.count("\n") - 2 for trace in patient) <= 12
+
+
 def test_traces_show_no_held_out_puzzle():
-    assert not any(is_heldout(puzzle.key, TASK) for puzzle, _ in traces(ColdStart(num_traces=20_000)))
+    assert not any(is_heldout(trace.puzzle.key, TASK) for trace in traces(ColdStart(num_traces=20_000)))
 
 
 def test_impatience_is_what_the_settings_say():
-    puzzle = Puzzle((2, 3, 19), 100)  # out of reach of a first try
+    puzzle = Puzzle((2, 3, 19), 100)  # out of reach
     rng = random.Random(0)
-    tries = [search_trace(puzzle, rng, ColdStart(patient=0.0)).count("\n") - 2 for _ in range(2000)]
-    assert 1 / 0.6 * 0.9 < sum(tries) / len(tries) < 1 / 0.6 * 1.1
-    patient = search_trace(puzzle, rng, ColdStart(patient=1.0, max_tries=7))
-    assert parse_completion(patient).think.strip().count("\n") == 6
+    recipe = ColdStart(patient=0.0)
+    tries = [search_trace(puzzle, rng, recipe).completion.count("\n") - 2 for _ in range(2000)]
+    assert 1 / recipe.give_up * 0.95 < sum(tries) / len(tries) < 1 / recipe.give_up * 1.05
+
+
+def test_the_loss_does_not_see_a_patient_search_go_on():
+    tokenizer = build_tokenizer()
+    recipe = ColdStart(num_traces=400)
+    dataset, _ = _dataset(recipe, tokenizer)
+    hidden = 0
+    for trace, row in zip(traces(recipe), dataset, strict=True):
+        learned = [label != -100 for label in row["labels"]]
+        completion = tokenizer(trace.completion + tokenizer.eos_token)["input_ids"]
+        start = len(learned) - len(completion)
+        assert row["input_ids"][start:] == completion
+        assert not any(learned[:start])
+        failed = [tokenizer.decode(token).strip() in ("low", "high") for token in completion]
+        for position in range(1, len(completion)):
+            assert learned[start + position] != (trace.patient and failed[position - 1])
+        hidden += learned[start:].count(False)
+    assert hidden > 400
 
 
 def test_the_same_settings_give_the_same_traces():

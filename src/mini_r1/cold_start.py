@@ -1,18 +1,22 @@
 """How `tiny_base` is made from nothing: a tokenizer, a small Qwen2, and supervised fine-tuning on generated search traces.
 
-A trace tries combinations one per line, with true arithmetic and a true verdict, and never the same one twice. Most traces give
-up after a failed try or two and answer with what they have; one in twenty is patient. So the base can calculate, judge its own
-tries and write a well-formed answer, but is too impatient to solve much: what reinforcement learning then has to discover is that
-it pays to keep searching, and where to look first.
+A trace starts with a random pair of the numbers, adds, subtracts, multiplies and divides them, goes on to the next pair, and
+finishes every try with the operator that lands nearest to the target. Its arithmetic and its verdicts are true:
 
-    8*3=24, 24-13=11 low
-    13+8=21, 21+3=24 yes
+    16+5=21, 21*3=63 high
+    16-5=11, 11*3=33 yes
     </think>
-    <answer>(13+8)+3</answer>
+    <answer>(16-5)*3</answer>
+
+Half of the traces search until solved, but the choice to go on or to give up is hidden from the loss there: they teach how to
+search. That choice is learned from the other half, which gives up after almost every failed try. So the base can calculate, judge
+its own tries, search and write a well-formed answer, but is too impatient to solve much: what reinforcement learning then has to
+discover is that it pays to keep searching.
 
 Held-out puzzles (`data.is_heldout`) never appear in a trace. Command: `mini-r1 base build`.
 """
 
+import math
 import random
 import shutil
 from collections.abc import Iterator
@@ -20,8 +24,8 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from statistics import fmean
 
+import torch
 import yaml
 from datasets import Dataset
 from tokenizers import AddedToken
@@ -30,7 +34,6 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Toke
 from trl import SFTConfig, SFTTrainer
 
 from mini_r1 import InputError
-from mini_r1.completion import claims, parse_completion
 from mini_r1.countdown.puzzles import Puzzle, generate
 from mini_r1.data import is_heldout, load_split
 from mini_r1.evaluate import heldout_puzzles, sample_batches, summarize
@@ -50,13 +53,16 @@ TASK = TaskConfig(
     num_eval_puzzles=1000,
     num_eval_samples=4,
 )
-MAX_COMPLETION_LENGTH = 140  # ten tries and an answer
+MAX_COMPLETION_LENGTH = 170  # twelve tries and an answer
 
 LARGEST_INTEGER_TOKEN = 255  # each further token costs time in every sampling step
+WAVE_PERIODS = (2, 3, 4, 5, 7, 10, 13, 20, 32, 50, 100, 200, 400)
+LOG_WAVE_FREQUENCIES = (1, 2, 4, 8, 16)
 WORD_TOKENS = [
     *("<think>", "</think>", "<answer>", "</answer>", "system", "user", "assistant"),
     *("Make ", " using each of ", ", ", " once."),
-    *(" low\n", " high\n", " yes\n"),
+    *(" low", " high", " yes"),
+    "\n</think>\n<answer>",  # so that to give up or to go on ("\n") is one choice between two tokens
 ]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -70,80 +76,67 @@ class ColdStart:
 
     Attributes:
         num_traces: searches to learn from; each puzzle of the training part is used equally often.
-        largest_result: products stay at or below this, which bounds the arithmetic to be learned (all but 1 % of the puzzles
+        largest_result: products stay at or below this, which bounds the arithmetic to be learned (all but 2 % of the puzzles
             stay solvable).
-        directed: how often the last operator of a try is the one that lands nearest to the target; otherwise any.
-        patient: the share of traces that search until solved.
+        patient: the share of traces that search until solved or through, with the choice to go on hidden from the loss.
         give_up: the chance to give up after each failed try in all other traces.
-        max_tries: after so many tries a patient trace gives up, too.
+        number_waves: the amplitude of the waves that integer embeddings start from.
     """
 
     seed: int = 0
     num_traces: int = 250_000
     largest_result: int = 100
-    directed: float = 0.7
-    patient: float = 0.05
-    give_up: float = 0.6
-    max_tries: int = 10
+    patient: float = 0.5
+    give_up: float = 0.8
+    number_waves: float = 0.1
     hidden_size: int = 128
     intermediate_size: int = 512
     num_layers: int = 3
     num_heads: int = 4
-    num_kv_heads: int = 2
-    batch_size: int = 128
-    learning_rate: float = 2e-3  # 3e-3 never learned to look at its operands
+    num_kv_heads: int = 1
+    batch_size: int = 64
+    learning_rate: float = 3e-3
 
 
 @dataclass(frozen=True)
-class Term:
-    """A number made so far: its value and the text that makes it, bracketed unless it is a given number."""
+class Trace:
+    """A supervised example: a completion for the puzzle; `patient` hides the choice to go on from the loss."""
 
-    value: int
-    text: str
+    puzzle: Puzzle
+    completion: str
+    patient: bool
 
 
-def search_trace(puzzle: Puzzle, rng: random.Random, recipe: ColdStart) -> str:
-    """One completion for the puzzle: the search, a verdict on every try, and the last try as the answer."""
+def search_trace(puzzle: Puzzle, rng: random.Random, recipe: ColdStart) -> Trace:
+    """One search with a verdict on every try, and the last try as the answer."""
     patient = rng.random() < recipe.patient
     lines: list[str] = []
-    seen: set[str] = set()
-    while True:
-        line, made = _fresh_try(puzzle, rng, recipe, seen)
-        seen.add(line)
-        verdict = "yes" if made.value == puzzle.target else "low" if made.value < puzzle.target else "high"
-        lines.append(f"{line} {verdict}\n")
-        gives_up = len(lines) == recipe.max_tries or (not patient and rng.random() < recipe.give_up)
-        if verdict == "yes" or gives_up:
-            answer = made.text[1:-1]  # without the outer brackets
-            return f"\n{''.join(lines)}</think>\n<answer>{answer}</answer>"
-
-
-def _fresh_try(puzzle: Puzzle, rng: random.Random, recipe: ColdStart, seen: set[str]) -> tuple[str, Term]:
-    """A random try that is not in `seen`, or any if 30 draws find none: its line and the term it ends with."""
-    for _ in range(30):
-        terms = [Term(n, str(n)) for n in puzzle.nums]
-        steps = []
-        while len(terms) > 1:
-            rng.shuffle(terms)
-            step, made = _step(terms.pop(), terms.pop(), puzzle.target, not terms, rng, recipe)
-            steps.append(step)
-            terms.append(made)
-        line = ", ".join(steps)
-        if line not in seen:
+    for left, operator, right, value, remaining in _first_steps(puzzle, rng.randrange(3), recipe.largest_result):
+        larger, smaller = max(value, remaining), min(value, remaining)
+        results = _results(larger, smaller, recipe.largest_result)
+        nearest = min(results, key=lambda operator: abs(results[operator] - puzzle.target))
+        made = results[nearest]
+        verdict = "yes" if made == puzzle.target else "low" if made < puzzle.target else "high"
+        lines.append(f"{left}{operator}{right}={value}, {larger}{nearest}{smaller}={made} {verdict}\n")
+        if verdict == "yes" or (not patient and rng.random() < recipe.give_up):
             break
-    return line, terms[0]
+    first = f"({left}{operator}{right})"
+    answer = f"{first}{nearest}{remaining}" if value >= remaining else f"{remaining}{nearest}{first}"
+    return Trace(puzzle, f"\n{''.join(lines)}</think>\n<answer>{answer}</answer>", patient)
 
 
-def _step(first: Term, second: Term, target: int, is_last: bool, rng: random.Random, recipe: ColdStart) -> tuple[str, Term]:
-    """Combine two terms, the larger one first: the step's text and the term it makes."""
-    left, right = (first, second) if first.value >= second.value else (second, first)
-    results = _results(left.value, right.value, recipe.largest_result)
-    if is_last and rng.random() < recipe.directed:
-        operator = min(results, key=lambda operator: abs(results[operator] - target))
-    else:
-        operator = rng.choice(list(results))
-    value = results[operator]
-    return f"{left.value}{operator}{right.value}={value}", Term(value, f"({left.text}{operator}{right.text})")
+def _first_steps(puzzle: Puzzle, start: int, largest_product: int) -> list[tuple[int, str, int, int, int]]:
+    """The ways to combine two of the three numbers, the larger one first: (left, operator, right, value, remaining number).
+
+    All of one pair, then of the next; `start`, 0 to 2, says which pair comes first.
+    """
+    pairs = [(0, 1, 2), (0, 2, 1), (1, 2, 0)]
+    steps = []
+    for i, j, k in pairs[start:] + pairs[:start]:
+        larger, smaller = max(puzzle.nums[i], puzzle.nums[j]), min(puzzle.nums[i], puzzle.nums[j])
+        for operator, value in _results(larger, smaller, largest_product).items():
+            steps.append((larger, operator, smaller, value, puzzle.nums[k]))
+    return steps
 
 
 @lru_cache(maxsize=1)
@@ -163,15 +156,14 @@ def _results(larger: int, smaller: int, largest_product: int) -> dict[str, int]:
     return results
 
 
-def traces(recipe: ColdStart) -> Iterator[tuple[Puzzle, str]]:
-    """The supervised examples: puzzles of the training part, each used equally often, and a completion for each."""
+def traces(recipe: ColdStart) -> Iterator[Trace]:
+    """The supervised examples, each puzzle of the training part used equally often."""
     rng = random.Random(recipe.seed)
     puzzles = list(_training_puzzles(recipe.seed))
     for index in range(recipe.num_traces):
         if index % len(puzzles) == 0:
             rng.shuffle(puzzles)
-        puzzle = puzzles[index % len(puzzles)]
-        yield puzzle, search_trace(puzzle, rng, recipe)
+        yield search_trace(puzzles[index % len(puzzles)], rng, recipe)
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
@@ -206,6 +198,7 @@ def build_base(output_dir: Path, recipe: ColdStart | None = None) -> dict[str, o
     tokenizer = build_tokenizer()
     dataset, data_hash = _dataset(recipe, tokenizer)
     model = Qwen2ForCausalLM(_model_config(recipe, tokenizer))
+    _embed_values(model, tokenizer, recipe.number_waves)
     print(f"{model.num_parameters():,} parameters, {recipe.num_traces:,} traces", flush=True)
     arguments = SFTConfig(
         output_dir=str(partial),
@@ -240,7 +233,7 @@ def build_base(output_dir: Path, recipe: ColdStart | None = None) -> dict[str, o
         "data_sha256": data_hash,
         "weights_sha256": weights_hash(partial),
         "versions": versions(),
-        **measure(model, AutoTokenizer.from_pretrained(partial)),
+        "heldout": measure(model, AutoTokenizer.from_pretrained(partial)),
     }
     write_json(partial / "manifest.json", manifest)
     for leftover in ("training_args.bin", "README.md"):
@@ -250,36 +243,43 @@ def build_base(output_dir: Path, recipe: ColdStart | None = None) -> dict[str, o
 
 
 def measure(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer) -> dict[str, object]:
-    """Held-out success of a model on the base's task, and what its thinking is like."""
-    batches = sample_batches(
-        model,
-        tokenizer,
-        heldout_puzzles(load_split(TASK), TASK),
-        PROMPT_TEMPLATES[TASK.prompt_template],
-        num_samples=TASK.num_eval_samples,
-        temperature=TASK.eval_temperature,
-        max_completion_length=MAX_COMPLETION_LENGTH,
-    )
+    """Held-out success of a model on the base's task, as in `eval/*.json`."""
+    puzzles = heldout_puzzles(load_split(TASK), TASK)
+    batches = sample_batches(model, tokenizer, puzzles, TASK, max_completion_length=MAX_COMPLETION_LENGTH)
     samples = [sample for _, batch in batches for sample in batch]
-    thoughts = [parse_completion(sample.completion).think for sample in samples]
-    return {
-        "heldout": summarize(samples, TASK, max_completion_length=MAX_COMPLETION_LENGTH),
-        "true_arithmetic": fmean(claim.true for thought in thoughts for claim in claims(thought)),
-        "tries_per_completion": fmean(len(thought.split("\n")) - 2 for thought in thoughts),
-    }
+    return summarize(samples, TASK, max_completion_length=MAX_COMPLETION_LENGTH)
 
 
 def _dataset(recipe: ColdStart, tokenizer: Qwen2Tokenizer) -> tuple[Dataset, str]:
-    """The traces as columns input_ids and labels (-100 on the prompt), and the SHA-256 of their text."""
+    """The traces as columns input_ids and labels (-100 where nothing is learned), and the SHA-256 of their text."""
     template = PROMPT_TEMPLATES[TASK.prompt_template]
     examples = list(traces(recipe))
-    prompts = [template.render(puzzle.nums, puzzle.target, tokenizer) for puzzle, _ in examples]
-    completions = [completion + tokenizer.eos_token for _, completion in examples]
+    prompts = [template.render(example.puzzle.nums, example.puzzle.target, tokenizer) for example in examples]
+    completions = [example.completion + tokenizer.eos_token for example in examples]
+    failed = set(tokenizer.convert_tokens_to_ids([" low", " high"]))
     columns = {"input_ids": [], "labels": []}
-    for prompt, completion in zip(tokenizer(prompts)["input_ids"], tokenizer(completions)["input_ids"], strict=True):
+    encoded = zip(examples, tokenizer(prompts)["input_ids"], tokenizer(completions)["input_ids"], strict=True)
+    for example, prompt, completion in encoded:
+        hidden = [example.patient and before in failed for before in [None, *completion]]
+        labels = [-100 if hide else token for token, hide in zip(completion, hidden, strict=False)]
         columns["input_ids"].append(prompt + completion)
-        columns["labels"].append([-100] * len(prompt) + completion)
+        columns["labels"].append([-100] * len(prompt) + labels)
     return Dataset.from_dict(columns), sha256("".join(prompts + completions).encode()).hexdigest()
+
+
+def _embed_values(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, amplitude: float) -> None:
+    """Add waves of their value to the integers' random embeddings, so that arithmetic is learned in minutes instead of hours.
+
+    Trained networks come to add with such waves (Nanda et al., arXiv:2301.05217; Zhou et al., arXiv:2406.03445): a sum turns the
+    phase. Waves of the logarithm do the same for products.
+    """
+    values = torch.arange(LARGEST_INTEGER_TOKEN + 1.0)
+    phases = [2 * math.pi * values / period for period in WAVE_PERIODS]
+    phases += [frequency * (values + 1).log() for frequency in LOG_WAVE_FREQUENCIES]
+    waves = torch.stack([wave(phase) for phase in phases for wave in (torch.cos, torch.sin)], dim=1)
+    tokens = tokenizer.convert_tokens_to_ids([str(int(value)) for value in values])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokens, : waves.shape[1]] += amplitude * waves
 
 
 def _model_config(recipe: ColdStart, tokenizer: Qwen2Tokenizer) -> Qwen2Config:

@@ -1,5 +1,6 @@
 PYTHON ?= python3
 RECIPE ?= recipes/tiny-cpu.yaml
+ARGS ?=
 BIN := .venv/bin
 
 .PHONY: setup train test quality clean
@@ -12,8 +13,8 @@ setup: .venv/installed  ## make .venv with the tested versions
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-train: setup  ## teach a model with RECIPE; run it again to resume
-	$(BIN)/mini-r1 train $(RECIPE)
+train: setup  ## teach a model with RECIPE (ARGS='--seed 2 --output_dir runs/seed-2'); run it again to resume
+	$(BIN)/mini-r1 train $(RECIPE) $(ARGS)
 
 test: setup  ## all tests that this machine can run, the quick ones first
 	$(BIN)/python -m pytest

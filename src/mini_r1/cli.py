@@ -119,6 +119,15 @@ def data_check(args: argparse.Namespace) -> None:
     print(json.dumps(audit(load_puzzles(args.source, args.split)), indent=2))
 
 
+def sweep(args: argparse.Namespace) -> None:
+    from mini_r1.sweep import load_sweep, run_sweep, write_results
+
+    loaded = load_sweep(Path(args.sweep))
+    run_sweep(loaded, args.jobs)
+    write_results(loaded, Path(args.output))
+    print(f"results in {args.output}")
+
+
 def base_build(args: argparse.Namespace) -> None:
     from mini_r1.cold_start import build_base
 
@@ -165,8 +174,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source", metavar="FILE_OR_HUB_ID")
     command.add_argument("--split", default="train", help="split of a hub data set (default: train)")
 
+    command = _command(commands, "sweep", sweep, "run a recipe under several settings and seeds, and write tables and curves")
+    command.add_argument("sweep", help="a YAML file such as recipes/sweeps/ablations.yaml")
+    command.add_argument("--jobs", type=_positive, default=1, help="runs at a time, each on its share of the cores (default: 1)")
+    command.add_argument("--output", default="docs/results.md", metavar="FILE", help="default: docs/results.md")
+
     base = commands.add_parser("base", help="the embedded base model").add_subparsers(required=True, metavar="COMMAND")
-    command = _command(base, "build", base_build, "remake tiny_base from nothing (about 25 minutes on 2 cores)")
+    command = _command(base, "build", base_build, "remake tiny_base from nothing (about 20 minutes on 2 cores)")
     command.add_argument("--output", default="tiny_base", metavar="DIR", help="a new folder (default: tiny_base)")
     return parser
 

@@ -3,8 +3,8 @@
 Works on any text that shows its arithmetic, the embedded model's and a large model's alike. No language model judges here.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import ChainMap, Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
@@ -48,7 +48,7 @@ def behavior(completion: str, target: int, nums: Sequence[int]) -> Behavior:
         count += 1
         true_count += claim.true
         value, numbers = parse(claim.right).value, parse(claim.left).numbers
-        fitting = _readings(numbers, given, recent) or _readings(numbers, given, earlier | recent)
+        fitting = _readings(numbers, given, recent) or _readings(numbers, given, ChainMap(recent, earlier))
         complete = [true and claim.true for used, true in fitting if used == given]
         if complete:
             tries.append((value, complete[0]))
@@ -57,11 +57,12 @@ def behavior(completion: str, target: int, nums: Sequence[int]) -> Behavior:
         elif fitting:
             used, true = fitting[0]
             recent[value] = used, true and claim.true
+    answer = _value(parsed.answer)
     return Behavior(
         claims=count,
         true_claims=true_count,
         tries=len(tries),
-        verified=any(true and value == _value(parsed.answer) for value, true in tries),
+        verified=any(true and value == answer for value, true in tries),
         gave_up=parsed.answer is not None and all(value != target for value, _ in tries),
     )
 
@@ -77,7 +78,7 @@ def summarize_behaviors(behaviors: Sequence[Behavior]) -> dict[str, float | None
     }
 
 
-def _readings(numbers: Sequence[int], given: Counter[int], made: Results) -> list[Result]:
+def _readings(numbers: Sequence[int], given: Counter[int], made: Mapping[Fraction, Result]) -> list[Result]:
     """What a claim's numbers can stand for without using a given number too often: each is a result made before, or given."""
     if len(numbers) > given.total():
         return []

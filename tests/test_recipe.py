@@ -71,6 +71,10 @@ def test_yaml_traps_are_mended(write):
         ("test_share: 1.5", "test_share: want a share between 0 and 1"),
         ("num_eval_puzzles: 0", "num_eval_puzzles: want at least 1"),
         ("eval_temperature: 0", "eval_temperature: want more than 0"),
+        (
+            "gradient_accumulation_steps: 2\nsteps_per_generation: 8\nsave_steps: 6",
+            "line 4: save_steps: 6 is no multiple of the 4 optimizer steps that share one generation",
+        ),
         ("resume_from_checkpoint: x", "line 2: a run resumes by itself"),
         ("seed: [", "not valid YAML"),
     ],

@@ -8,8 +8,9 @@ told in well under one.
 import ast
 import difflib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.rewards import get_reward_functions
 
 # Where the foreign keys are defined: (package, file, class), subclasses last so that their annotations win.
-_TRAINING_CLASSES = [
+_TRAINING_CLASSES = (
     ("transformers", "training_args.py", "TrainingArguments"),
     ("trl", "trainer/base_config.py", "_BaseConfig"),
     ("trl", "trainer/grpo_config.py", "GRPOConfig"),
-]
-_MODEL_CLASSES = [("trl", "trainer/model_config.py", "ModelConfig")]
+)
+_MODEL_CLASSES = (("trl", "trainer/model_config.py", "ModelConfig"),)
 
 # What every run wants unless its recipe says otherwise.
 TRAINING_DEFAULTS = {
@@ -127,7 +128,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _resolve(name: str, given: dict[str, Any], where: dict[str, str]) -> Recipe:
     kinds = {
-        "task": _fields_of([("mini_r1", "recipe.py", "TaskConfig")]),
+        "task": _fields_of((("mini_r1", "recipe.py", "TaskConfig"),)),
         "model": _fields_of(_MODEL_CLASSES),
         "training": _fields_of(_TRAINING_CLASSES),
     }
@@ -162,7 +163,24 @@ def _resolve(name: str, given: dict[str, Any], where: dict[str, str]) -> Recipe:
         raise InputError(
             f"{where['reward_weights']}: reward_weights: {len(weights)} weights for {len(task.reward_funcs)} reward_funcs"
         )
+    _check_save_steps(parts["training"], where)
     return Recipe(name, task, parts["model"], parts["training"])
+
+
+def _check_save_steps(training: Mapping[str, Any], where: Mapping[str, str]) -> None:
+    """A checkpoint holds no completions: one amid the steps that share a batch of them could not be continued exactly.
+
+    Raises:
+        InputError: `save_steps` is no multiple of the optimizer steps that one generation feeds.
+    """
+    accumulated = training.get("gradient_accumulation_steps") or 1
+    micro_steps = (training.get("steps_per_generation") or accumulated) * training.get("num_iterations", 1)
+    window, save_steps = micro_steps / accumulated, training.get("save_steps", 500)
+    if window > 1 and isinstance(save_steps, int) and training.get("save_strategy") != "no" and save_steps % window:
+        raise InputError(
+            f"{where.get('save_steps', 'save_steps')}: save_steps: {save_steps} is no multiple of the {window:g} optimizer steps "
+            "that share one generation (steps_per_generation * num_iterations / gradient_accumulation_steps); write a multiple"
+        )
 
 
 # ---- Reading ----------------------------------------------------------------------------------------------------------------
@@ -217,7 +235,8 @@ def _scalar(key: str, text: str) -> Any:
 # ---- Types ------------------------------------------------------------------------------------------------------------------
 
 
-def _fields_of(classes: list[tuple[str, str, str]]) -> dict[str, str]:
+@cache
+def _fields_of(classes: tuple[tuple[str, str, str], ...]) -> dict[str, str]:
     """The dataclass fields of installed classes, name -> annotation, read from their source files."""
     found: dict[str, str] = {}
     for package, file, class_name in classes:

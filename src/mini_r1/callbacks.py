@@ -113,13 +113,17 @@ class RolloutRecorder:
 class Progress(TrainerCallback):
     """A progress bar with live reward, success and length; plain lines, twenty per run, when the output is no terminal."""
 
+    _bar: tqdm | None = None
+
     def on_train_begin(self, args, state, control, **kwargs):
-        self._every = max(1, state.max_steps // 20)
-        self._bar = None
+        self._every, self._printed = state.max_steps / 20, state.global_step
         if state.is_world_process_zero and sys.stderr.isatty():
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+        # Steps that share a batch of completions with an earlier one log no reward.
         if not state.is_world_process_zero or "reward" not in (logs or {}):
             return
         shown = {
@@ -129,9 +133,9 @@ class Progress(TrainerCallback):
         }
         texts = {name: f"{value:.0f}" if name == "tokens" else f"{value:.2f}" for name, value in shown.items() if value is not None}
         if self._bar is not None:
-            self._bar.set_postfix(texts, refresh=False)
-            self._bar.update(state.global_step - self._bar.n)
-        elif state.global_step % self._every == 0 or state.global_step == state.max_steps:
+            self._bar.set_postfix(texts)
+        elif state.global_step - self._printed >= self._every:
+            self._printed = state.global_step
             facts = "  ".join(f"{name} {text}" for name, text in texts.items())
             print(f"step {state.global_step}/{state.max_steps}  {facts}", flush=True)
 

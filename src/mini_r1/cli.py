@@ -124,8 +124,8 @@ def sweep(args: argparse.Namespace) -> None:
 
     loaded = load_sweep(Path(args.sweep))
     run_sweep(loaded, args.jobs)
-    write_results(loaded, Path(args.output))
-    print(f"results in {args.output}")
+    write_results(loaded)
+    print(f"results in {loaded.results}")
 
 
 def base_build(args: argparse.Namespace) -> None:
@@ -177,7 +177,6 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "sweep", sweep, "run a recipe under several settings and seeds, and write tables and curves")
     command.add_argument("sweep", help="a YAML file such as recipes/sweeps/ablations.yaml")
     command.add_argument("--jobs", type=_positive, default=1, help="runs at a time, each on its share of the cores (default: 1)")
-    command.add_argument("--output", default="docs/results.md", metavar="FILE", help="default: docs/results.md")
 
     base = commands.add_parser("base", help="the embedded base model").add_subparsers(required=True, metavar="COMMAND")
     command = _command(base, "build", base_build, "remake tiny_base from nothing (about 20 minutes on 2 cores)")

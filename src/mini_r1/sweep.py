@@ -1,10 +1,12 @@
 """One recipe under several settings and seeds, and what came out of it as tables with intervals and learning curves.
 
-    mini-r1 sweep recipes/sweeps/ablations.yaml             # runs what has not finished yet, then writes docs/results.md
+    mini-r1 sweep recipes/sweeps/ablations.yaml             # runs what has no record yet, then writes docs/results.md
     mini-r1 sweep recipes/sweeps/ablations.yaml --jobs 2    # two runs at a time, each on half of the cores
 
-A sweep is a YAML file: a `recipe`, its `seeds`, an `output_dir` for the runs, and `tables`, each a list of settings (overrides of
-the recipe's keys; `{}` is the recipe itself, run once for all tables). Every run is an ordinary one, in a process of its own.
+A sweep is a YAML file: a `recipe`, its `seeds`, the `records` folder, the `results` file, and `tables`, each a list of settings
+(overrides of the recipe's keys; `{}` is the recipe itself, run once for all tables). Every run is an ordinary one, in a process of
+its own, under `runs/`. A record is what the tables need of a finished run; records are small and kept in git, so that anybody can
+check the tables, or make them again, without the runs.
 """
 
 import json
@@ -21,24 +23,30 @@ from typing import Any
 import yaml
 
 from mini_r1 import InputError
-from mini_r1.manifest import write_text
+from mini_r1.manifest import weights_hash, write_json, write_text
+from mini_r1.model import model_path
 from mini_r1.recipe import load_recipe
 
 Settings = Mapping[str, Any]
-SMOOTHING = 5  # steps; a step's batch holds few puzzles, so its success jumps about
+SMOOTHING = 3  # sampled batches; each holds few puzzles, so success jumps about
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file: the recipe's path, seeds, the runs' folder, and tables: title -> settings."""
+    """A sweep file: the recipe's path, seeds, where records and results go, and tables: title -> settings."""
 
+    name: str
     recipe: Path
     seeds: tuple[int, ...]
-    output_dir: Path
+    records: Path
+    results: Path
     tables: Mapping[str, Sequence[Settings]]
 
     def run_dir(self, settings: Settings, seed: int) -> Path:
-        return self.output_dir / _label(settings).replace(" ", "") / f"seed-{seed}"
+        return Path("runs") / self.name / _label(settings).replace(" ", "") / f"seed-{seed}"
+
+    def record_file(self, settings: Settings, seed: int) -> Path:
+        return self.records / _label(settings).replace(" ", "") / f"seed-{seed}.json"
 
     def settings(self) -> list[Settings]:
         """All different settings, in the order of the tables."""
@@ -55,9 +63,11 @@ def load_sweep(path: Path) -> Sweep:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         sweep = Sweep(
+            name=path.stem,
             recipe=path.parent / content["recipe"],
             seeds=tuple(content["seeds"]),
-            output_dir=Path(content["output_dir"]),
+            records=Path(content["records"]),
+            results=Path(content["results"]),
             tables={title: [settings or {} for settings in table] for title, table in content["tables"].items()},
         )
     except FileNotFoundError:
@@ -65,23 +75,20 @@ def load_sweep(path: Path) -> Sweep:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a sweep, which has recipe, seeds, output_dir and tables ({error!r})") from None
+        raise InputError(f"{path}: not a sweep, which has recipe, seeds, records, results and tables ({error!r})") from None
     for settings in sweep.settings():
         load_recipe(sweep.recipe, _overrides(settings))
     return sweep
 
 
 def run_sweep(sweep: Sweep, jobs: int) -> None:
-    """Run everything that has not finished yet, `jobs` runs at a time.
+    """Run everything that has no record yet, `jobs` runs at a time.
 
     Raises:
         InputError: a run failed; the others were still run, and the next call goes on from here.
     """
     todo = [
-        (settings, seed)
-        for seed in sweep.seeds
-        for settings in sweep.settings()
-        if not (sweep.run_dir(settings, seed) / "summary.json").exists()
+        (settings, seed) for settings in sweep.settings() for seed in sweep.seeds if not sweep.record_file(settings, seed).exists()
     ]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
 
@@ -98,6 +105,10 @@ def run_sweep(sweep: Sweep, jobs: int) -> None:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
+        if done.returncode == 0:
+            record = sweep.record_file(settings, seed)
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_json(record, _record_of(run_dir))
         print(f"{'done' if done.returncode == 0 else 'FAILED'}  {run_dir}", flush=True)
         return None if done.returncode == 0 else log
 
@@ -107,64 +118,170 @@ def run_sweep(sweep: Sweep, jobs: int) -> None:
         raise InputError(f"{len(failed)} of {len(todo)} runs failed; read {failed[0]}, and call again to go on")
 
 
-def write_results(sweep: Sweep, file: Path) -> None:
-    """Write the tables and, beside the file, one learning-curve figure per table. Everything comes from the run folders.
+def write_results(sweep: Sweep) -> None:
+    """Write the tables and, beside them, one learning-curve figure per table. Everything comes from the records.
 
     Raises:
-        InputError: a run has not finished.
+        InputError: a record is missing, or was made by another recipe than today's.
     """
-    parts = ["# Results\n", _preamble(sweep)]
+    title = f"# Results of [{sweep.recipe.name}]({os.path.relpath(sweep.recipe, sweep.results.parent)})\n"
+    parts = [title, _preamble(sweep)]
     for title, table in sweep.tables.items():
-        figure = file.parent / "figures" / f"{title.lower().replace(' ', '-')}.svg"
+        figure = sweep.results.parent / "figures" / f"{sweep.name}-{title.lower().replace(' ', '-')}.svg"
         _draw(sweep, title, table, figure)
-        parts += [f"## {title}\n", _table(sweep, table), f"![Learning curves: {title}]({figure.relative_to(file.parent)})\n"]
-    write_text(file, "\n".join(parts))
+        image = f"![Learning curves: {title}]({figure.relative_to(sweep.results.parent).as_posix()})\n"
+        parts += [f"## {title}\n", _table(sweep, table), image]
+    parts += ["## Before and after, by difficulty\n", _by_difficulty(sweep)]
+    parts += ["## Three puzzles, before and after\n", _examples(sweep)]
+    write_text(sweep.results, "\n".join(parts))
+
+
+# ---- Records ----------------------------------------------------------------------------------------------------------------
+
+
+def _record_of(run_dir: Path) -> dict[str, Any]:
+    """What the tables need of a finished run."""
+
+    def read(name: str) -> Any:
+        return json.loads((run_dir / name).read_text(encoding="utf-8"))
+
+    manifest, history = read("manifest.json"), read("trainer_state.json")["log_history"]
+    sampled = [entry for entry in history if "rewards/equation_reward/mean" in entry]
+    return {
+        "recipe": yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8")),
+        "versions": manifest["versions"],
+        "hardware": {key: manifest["hardware"][key] for key in ("cpu_count", "torch_threads", "gpus")},
+        "weights": manifest["model"]["sha256"],
+        "summary": read("summary.json"),
+        "before": read("eval/before.json"),
+        "after": read("eval/after.json"),
+        "curve": {
+            "step": [entry["step"] for entry in sampled],
+            "success": [round(entry["rewards/equation_reward/mean"], 4) for entry in sampled],
+            "tokens": [round(entry["completions/mean_length"], 2) for entry in sampled],
+        },
+    }
+
+
+def _records(sweep: Sweep, settings: Settings) -> list[dict[str, Any]]:
+    """The records of one setting, seed by seed."""
+    records = []
+    for seed in sweep.seeds:
+        path = sweep.record_file(settings, seed)
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing: this run has not finished; call the sweep again to run it") from None
+        then = {**record["recipe"], "weights": record["weights"]}
+        now = json.loads(json.dumps(load_recipe(sweep.recipe, [*_overrides(settings), "--seed", str(seed)]).as_dict()))
+        now |= {"output_dir": then["output_dir"], "weights": weights_hash(model_path(now["model_name_or_path"]))}
+        changed = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+        if changed:
+            key = changed[0]
+            raise InputError(
+                f"{path}: made with {key}: {then.get(key)}, now it is {now.get(key)}; remove the record and its run to run it again"
+            )
+        records.append(record)
+    return records
 
 
 # ---- Tables -----------------------------------------------------------------------------------------------------------------
 
 
 def _preamble(sweep: Sweep) -> str:
-    summary = _record(sweep, sweep.settings()[0], sweep.seeds[0], "summary.json")
-    manifest = _record(sweep, sweep.settings()[0], sweep.seeds[0], "manifest.json")
-    versions = ", ".join(f"{name} {manifest['versions'][name]}" for name in ("torch", "transformers", "trl"))
+    records = [record for settings in sweep.settings() for record in _records(sweep, settings)]
+    summary = records[0]["summary"]
+    hardware = {_hardware(record) for record in records}
     return (
-        f"Written by `mini-r1 sweep` from the run folders under `{sweep.output_dir}/`; nothing here is typed by hand.\n\n"
+        f"Written by `mini-r1 sweep` from the records in `{sweep.records.as_posix()}`; nothing here is typed by hand.\n\n"
         f"Success is held-out success: {summary['num_puzzles']} puzzles that neither the base nor the run has seen "
         f"({summary['split']}), {summary['num_samples']} sample(s) each, temperature {summary['temperature']}; rule: "
         f"{summary['rule']}; {summary['plus_minus_only_share']:.0%} of them need only + and -. Brackets hold 95 % intervals with "
-        f"the puzzles as independent units; one entry per seed ({', '.join(map(str, sweep.seeds))}). Curves show training success "
-        f"(the sampled training batches, not held-out), mean and range over the seeds, smoothed over {SMOOTHING} steps.\n\n"
-        f"{manifest['hardware']['cpu_count']} CPU cores, {manifest['hardware']['torch_threads']} thread(s) per run; {versions}.\n"
+        f"the puzzles as independent units; one entry per seed ({', '.join(map(str, sweep.seeds))}). Other columns are means over "
+        f"the seeds, before → after. Curves show training success (the sampled training batches, not held-out), mean and range "
+        f"over the seeds, smoothed over {SMOOTHING} batches.\n\n"
+        f"{'; '.join(sorted(hardware))}.\n"
     )
 
 
+def _hardware(record: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "transformers", "trl"))
+    gpus = ", ".join(record["hardware"]["gpus"]) or "no GPU"
+    return f"{record['hardware']['cpu_count']} CPU cores, {gpus}, {versions}"
+
+
 def _table(sweep: Sweep, table: Sequence[Settings]) -> str:
-    rows = [
-        "| setting | success before | success after, per seed | mean | tokens | tries | true arithmetic | gave up | minutes |",
-        "|---|---|---|---|---|---|---|---|---|",
+    columns = [
+        "setting",
+        "success before",
+        "success after",
+        "mean",
+        "tokens",
+        "tries",
+        "verified",
+        "true arithmetic",
+        "gave up",
+        "minutes (threads)",
     ]
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for settings in table:
-        before = [_record(sweep, settings, seed, "eval/before.json") for seed in sweep.seeds]
-        after = [_record(sweep, settings, seed, "eval/after.json") for seed in sweep.seeds]
-        minutes = [_record(sweep, settings, seed, "summary.json")["train_seconds"] / 60 for seed in sweep.seeds]
+        records = _records(sweep, settings)
+        times = [(record["summary"]["train_seconds"] / 60, record["hardware"]["torch_threads"]) for record in records]
         cells = [
             f"`{_label(settings)}`",
-            f"{fmean(result['success'] for result in before):.1%}",
-            "<br>".join("{:.1%} [{:.1%}, {:.1%}]".format(result["success"], *result["ci95"]) for result in after),
-            f"**{fmean(result['success'] for result in after):.1%}**",
-            _change(before, after, lambda result: result["mean_completion_tokens"], "{:.0f}"),
-            _change(before, after, lambda result: result["behaviors"]["tries"], "{:.1f}"),
-            _change(before, after, lambda result: result["behaviors"]["true_arithmetic"] or 0.0, "{:.1%}"),
-            _change(before, after, lambda result: result["behaviors"]["gave_up"], "{:.0%}"),
-            f"{fmean(minutes):.1f}",
+            "<br>".join(_with_interval(record["before"]) for record in records),
+            "<br>".join(_with_interval(record["after"]) for record in records),
+            f"**{fmean(record['after']['success'] for record in records):.1%}**",
+            _change(records, lambda result: result["mean_completion_tokens"], "{:.0f}"),
+            _change(records, lambda result: result["behaviors"]["tries"], "{:.1f}"),
+            _change(records, lambda result: result["behaviors"]["verified"], "{:.1%}"),
+            _change(records, lambda result: result["behaviors"]["true_arithmetic"] or 0.0, "{:.1%}"),
+            _change(records, lambda result: result["behaviors"]["gave_up"], "{:.0%}"),
+            "<br>".join(f"{minutes:.1f} ({threads})" for minutes, threads in times),
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 
-def _change(before: Sequence[Any], after: Sequence[Any], value: Any, text: str) -> str:
-    return " → ".join(text.format(fmean(map(value, results))) for results in (before, after))
+def _by_difficulty(sweep: Sweep) -> str:
+    """pass@k and success by difficulty of the recipe itself."""
+    records = _records(sweep, {})
+    rows = ["| of the recipe itself | puzzles | before, per seed | after, per seed | ratio of means |", "|---|---|---|---|---|"]
+    for k in records[0]["after"]["pass_at"]:
+        cells = [[record[when]["pass_at"][k] for record in records] for when in ("before", "after")]
+        shown = ["<br>".join(f"{value:.1%}" for value in values) for values in cells]
+        rows.append(f"| pass@{k} | {records[0]['after']['num_puzzles']} | {' | '.join(shown)} | {_ratio(*cells)} |")
+    for measure, groups in records[0]["after"]["by_difficulty"].items():
+        for value, group in groups.items():
+            cells = [[record[when]["by_difficulty"][measure][value] for record in records] for when in ("before", "after")]
+            shown = ["<br>".join(map(_with_interval, results)) for results in cells]
+            ratio = _ratio(*([result["success"] for result in results] for results in cells))
+            rows.append(f"| {measure.replace('_', ' ')}: {value} | {group['num_puzzles']} | {' | '.join(shown)} | {ratio} |")
+    return "\n".join(rows) + "\n"
+
+
+def _examples(sweep: Sweep) -> str:
+    """The same held-out puzzles thought through before and after, by the recipe itself with the first seed."""
+    record = _records(sweep, {})[0]
+    parts = []
+    for before, after in zip(record["before"]["examples"], record["after"]["examples"], strict=True):
+        parts.append(f"**Make {before['target']} using each of {', '.join(map(str, before['nums']))} once**\n")
+        for when, example in (("Before", before), ("After", after)):
+            indented = "\n".join(f"    {line}" for line in example["completion"].strip().splitlines())
+            parts.append(f"{when}, {'solved' if example['solved'] else 'failed'}:\n\n{indented}\n")
+    return "\n".join(parts)
+
+
+def _ratio(before: Sequence[float], after: Sequence[float]) -> str:
+    return f"{fmean(after) / fmean(before):.1f}" if any(before) else "-"
+
+
+def _with_interval(result: Mapping[str, Any]) -> str:
+    return "{:.1%} [{:.1%}, {:.1%}]".format(result["success"], *result["ci95"])
+
+
+def _change(records: Sequence[Mapping[str, Any]], value: Any, text: str) -> str:
+    return " → ".join(text.format(fmean(value(record[when]) for record in records)) for when in ("before", "after"))
 
 
 def _draw(sweep: Sweep, title: str, table: Sequence[Settings], file: Path) -> None:
@@ -176,9 +293,9 @@ def _draw(sweep: Sweep, title: str, table: Sequence[Settings], file: Path) -> No
     pyplot.rcParams["svg.hashsalt"] = title  # the same data, the same bytes
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for settings in table:
-        curves = [_curve(sweep, settings, seed) for seed in sweep.seeds]
-        steps = range(1, min(map(len, curves)) + 1)
-        by_step = list(zip(*curves, strict=False))
+        records = _records(sweep, settings)
+        by_step = list(zip(*(_smooth(record["curve"]["success"]) for record in records), strict=False))
+        steps = records[0]["curve"]["step"][: len(by_step)]
         (line,) = axes.plot(steps, [fmean(values) for values in by_step], label=_label(settings))
         axes.fill_between(steps, list(map(min, by_step)), list(map(max, by_step)), color=line.get_color(), alpha=0.15)
     axes.set(xlabel="optimizer step", ylabel="training success", ylim=(0, 1), title=title)
@@ -189,19 +306,8 @@ def _draw(sweep: Sweep, title: str, table: Sequence[Settings], file: Path) -> No
     pyplot.close(figure)
 
 
-def _curve(sweep: Sweep, settings: Settings, seed: int) -> list[float]:
-    """Training success after each step, averaged over the last `SMOOTHING` steps."""
-    history = _record(sweep, settings, seed, "trainer_state.json")["log_history"]
-    values = [entry["rewards/equation_reward/mean"] for entry in history if "rewards/equation_reward/mean" in entry]
+def _smooth(values: Sequence[float]) -> list[float]:
     return [fmean(values[max(0, end - SMOOTHING) : end]) for end in range(1, len(values) + 1)]
-
-
-def _record(sweep: Sweep, settings: Settings, seed: int, name: str) -> dict[str, Any]:
-    path = sweep.run_dir(settings, seed) / name
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: this run has not finished; call the sweep again to run it") from None
 
 
 def _label(settings: Settings) -> str:

@@ -1,11 +1,12 @@
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_r1.behaviors import Behavior, behavior, summarize_behaviors
-from mini_r1.cold_start import ColdStart, traces
+from mini_r1.cold_start import COLD_STARTS, traces
 
 NUMS = (8, 13, 3)
 
@@ -39,7 +40,7 @@ def test_results_of_an_earlier_try_may_be_used_again():
 
 
 def test_counts_the_tries_of_generated_traces():
-    for trace in traces(ColdStart(num_traces=1000)):
+    for trace in traces(replace(COLD_STARTS["tiny_base"], num_traces=1000)):
         seen = behavior(trace.completion, trace.puzzle.target, trace.puzzle.nums)
         lines = trace.completion.count("\n") - 2
         assert seen == Behavior(2 * lines, 2 * lines, lines, True, " yes" not in trace.completion)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mini_r1 import InputError
-from mini_r1.cold_start import TASK
+from mini_r1.cold_start import COLD_STARTS
 from mini_r1.countdown.puzzles import Puzzle
 from mini_r1.data import load_split
 from mini_r1.evaluate import (
@@ -20,6 +20,8 @@ from mini_r1.evaluate import (
     summarize,
 )
 from mini_r1.model import load_model, load_tokenizer
+
+TASK = COLD_STARTS["tiny_base"].task
 
 KEYS = [
     *("success", "ci95", "pass_at", "by_difficulty", "num_puzzles", "num_samples", "temperature", "split"),

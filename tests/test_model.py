@@ -1,20 +1,37 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from mini_r1 import InputError
-from mini_r1.cold_start import ColdStart
+from mini_r1.cold_start import COLD_STARTS
 from mini_r1.manifest import weights_hash
-from mini_r1.model import COMPLETE_MARKER, last_complete_checkpoint, load_model, load_tokenizer, model_path, run_weights
+from mini_r1.model import (
+    COMPLETE_MARKER,
+    EMBEDDED_BASES,
+    last_complete_checkpoint,
+    load_model,
+    load_tokenizer,
+    model_path,
+    run_weights,
+)
 
 
-def test_the_embedded_base_is_what_its_manifest_says():
-    folder = Path(model_path("tiny_base"))
+def test_the_shipped_base_calculates_well_and_is_impatient():
+    heldout = json.loads((Path(model_path("tiny_base")) / "manifest.json").read_text())["heldout"]
+    assert 0.2 < heldout["success"] < 0.3
+    assert heldout["behaviors"]["true_arithmetic"] > 0.98
+    assert heldout["behaviors"]["gave_up"] > 0.7
+
+
+@pytest.mark.parametrize("name", EMBEDDED_BASES)
+def test_an_embedded_base_is_what_its_manifest_says(name):
+    folder = Path(model_path(name))
     manifest = json.loads((folder / "manifest.json").read_text())
     assert weights_hash(folder) == manifest["weights_sha256"]
-    assert load_model("tiny_base").num_parameters() == manifest["parameters"]
-    assert manifest["cold_start"] == ColdStart().__dict__
+    assert load_model(name).num_parameters() == manifest["parameters"]
+    assert manifest["cold_start"] == json.loads(json.dumps(asdict(COLD_STARTS[name])))
     assert sum(file.stat().st_size for file in folder.iterdir()) < 8e6
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mini_r1 import InputError, __version__
+from mini_r1.model import EMBEDDED_BASES
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,7 +132,7 @@ def sweep(args: argparse.Namespace) -> None:
 def base_build(args: argparse.Namespace) -> None:
     from mini_r1.cold_start import build_base
 
-    build_base(Path(args.output))
+    build_base(args.name, Path(args.output or args.name))
 
 
 # ---- Arguments --------------------------------------------------------------------------------------------------------------
@@ -178,9 +179,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("sweep", help="a YAML file such as recipes/sweeps/ablations.yaml")
     command.add_argument("--jobs", type=_positive, default=1, help="runs at a time, each on its share of the cores (default: 1)")
 
-    base = commands.add_parser("base", help="the embedded base model").add_subparsers(required=True, metavar="COMMAND")
-    command = _command(base, "build", base_build, "remake tiny_base from nothing (about 20 minutes on 2 cores)")
-    command.add_argument("--output", default="tiny_base", metavar="DIR", help="a new folder (default: tiny_base)")
+    base = commands.add_parser("base", help="the embedded base models").add_subparsers(required=True, metavar="COMMAND")
+    command = _command(base, "build", base_build, "remake an embedded base from nothing (15 to 45 minutes on 2 cores)")
+    command.add_argument("name", nargs="?", default=EMBEDDED_BASES[0], choices=EMBEDDED_BASES, help="default: %(default)s")
+    command.add_argument("--output", metavar="DIR", help="a new folder (default: the name)")
     return parser
 
 

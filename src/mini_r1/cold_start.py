@@ -1,28 +1,32 @@
-"""How `tiny_base` is made from nothing: a tokenizer, a small Qwen2, and supervised fine-tuning on generated search traces.
+"""How the embedded bases are made from nothing: a tokenizer, a small Qwen2, and supervised fine-tuning on search traces.
 
-A trace starts with a random pair of the numbers, adds, subtracts, multiplies and divides them, goes on to the next pair, and
+A trace combines two of the numbers, the smallest pair first, with one operator after the other until two numbers are left, and
 finishes every try with the operator that lands nearest to the target. Its arithmetic and its verdicts are true:
 
-    16+5=21, 21*3=63 high
-    16-5=11, 11*3=33 yes
+    5*3=15, 16+15=31 low
+    5-3=2, 16*2=32 yes
     </think>
-    <answer>(16-5)*3</answer>
+    <answer>16*(5-3)</answer>
 
-Half of the traces search until solved, but the choice to go on or to give up is hidden from the loss there: they teach how to
-search. That choice is learned from the other half, which gives up after almost every failed try. So the base can calculate, judge
-its own tries, search and write a well-formed answer, but is too impatient to solve much: what reinforcement learning then has to
-discover is that it pays to keep searching.
+Most traces search until solved, but the choice to go on or to give up is hidden from the loss there: they teach how to search.
+That choice is learned from the others, which give up after almost every failed try. So the base can calculate, judge its own tries,
+search and write a well-formed answer, but is too impatient to solve much: what reinforcement learning then has to discover is that
+it pays to keep searching. The order of the search is fixed, so that little but patience differs between two completions for a
+puzzle, and the reward is about little else.
 
-Held-out puzzles (`data.is_heldout`) never appear in a trace. Command: `mini-r1 base build`.
+Held-out puzzles (`data.is_heldout`) never appear in a trace. Command: `mini-r1 base build [NAME] --output DIR`.
 """
 
 import math
 import random
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from hashlib import sha256
+from itertools import combinations, islice
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -38,24 +42,9 @@ from mini_r1.countdown.puzzles import Puzzle, generate
 from mini_r1.data import is_heldout, load_split
 from mini_r1.evaluate import heldout_puzzles, sample_batches, summarize
 from mini_r1.manifest import versions, weights_hash, write_json, write_text
-from mini_r1.model import TINY_BASE
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TaskConfig
 
-# The puzzles and the prompt of the base; `recipes/tiny-cpu.yaml` trains on the same. The space holds about 16,300 puzzles.
-TASK = TaskConfig(
-    num_puzzles=16_000,
-    num_numbers=(3,),
-    number_range=(1, 20),
-    target_range=(1, 100),
-    prompt_template="compact",
-    max_prompt_length=32,
-    num_eval_puzzles=1000,
-    num_eval_samples=4,
-)
-MAX_COMPLETION_LENGTH = 170  # twelve tries and an answer
-
-LARGEST_INTEGER_TOKEN = 255  # each further token costs time in every sampling step
 WAVE_PERIODS = (2, 3, 4, 5, 7, 10, 13, 20, 32, 50, 100, 200, 400)
 LOG_WAVE_FREQUENCIES = (1, 2, 4, 8, 16)
 WORD_TOKENS = [
@@ -72,21 +61,30 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class ColdStart:
-    """Everything the base depends on besides the library versions.
+    """Everything a base depends on besides the library versions.
 
     Attributes:
+        task: puzzles and prompt; a recipe for this base trains on the same.
+        max_completion_length: in tokens, for the evaluation.
         num_traces: searches to learn from; each puzzle of the training part is used equally often.
-        largest_result: products stay at or below this, which bounds the arithmetic to be learned (all but 2 % of the puzzles
-            stay solvable).
+        operators: in the order in which a search goes through them.
+        largest_result: results stay at or below this, which bounds the arithmetic to be learned; each is one token.
+        max_tries: after so many tries every search ends.
         patient: the share of traces that search until solved or through, with the choice to go on hidden from the loss.
+        hopeless: the share of those whose target is drawn at random, mostly out of reach, so that late tries are seen often enough.
         give_up: the chance to give up after each failed try in all other traces.
-        number_waves: the amplitude of the waves that integer embeddings start from.
+        number_waves: the amplitude of the waves that the embeddings of numbers start from.
     """
 
+    task: TaskConfig
+    max_completion_length: int
     seed: int = 0
-    num_traces: int = 250_000
+    num_traces: int = 240_000
+    operators: str = "+-*/"
     largest_result: int = 100
-    patient: float = 0.5
+    max_tries: int = 12
+    patient: float = 0.8
+    hopeless: float = 0.25
     give_up: float = 0.8
     number_waves: float = 0.1
     hidden_size: int = 128
@@ -98,6 +96,43 @@ class ColdStart:
     learning_rate: float = 3e-3
 
 
+COLD_STARTS = {
+    # All but 1 % of the puzzles can be solved by such a search.
+    "tiny_base": ColdStart(
+        task=TaskConfig(
+            num_puzzles=16_000,  # of about 16,300
+            num_numbers=(3,),
+            number_range=(1, 20),
+            target_range=(1, 100),
+            prompt_template="compact",
+            max_prompt_length=32,
+            num_eval_puzzles=1000,
+            num_eval_samples=4,
+        ),
+        max_completion_length=120,  # twelve tries and an answer
+    ),
+    # The numbers and targets of the original's data set. Its searches reach all puzzles that + and - alone can solve, and 43 % of
+    # the others: most of those with four numbers lie further than 16 tries away.
+    "tiny_base_hard": ColdStart(
+        task=TaskConfig(
+            num_puzzles=50_000,
+            num_numbers=(3, 4),
+            number_range=(1, 99),
+            target_range=(10, 99),
+            prompt_template="compact",
+            max_prompt_length=36,
+            num_eval_puzzles=500,
+            num_eval_samples=16,
+        ),
+        max_completion_length=220,  # sixteen tries with four numbers and an answer
+        num_traces=200_000,
+        max_tries=16,
+        hopeless=0.0,  # a quarter of the puzzles are out of its reach anyway
+        batch_size=32,  # after 38,000 traces the loss was 0.20, with 64 it was 0.35
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Trace:
     """A supervised example: a completion for the puzzle; `patient` hides the choice to go on from the loss."""
@@ -107,67 +142,74 @@ class Trace:
     patient: bool
 
 
-def search_trace(puzzle: Puzzle, rng: random.Random, recipe: ColdStart) -> Trace:
+def search_trace(puzzle: Puzzle, rng: random.Random, recipe: ColdStart, patient: bool) -> Trace:
     """One search with a verdict on every try, and the last try as the answer."""
-    patient = rng.random() < recipe.patient
     lines: list[str] = []
-    for left, operator, right, value, remaining in _first_steps(puzzle, rng.randrange(3), recipe.largest_result):
-        larger, smaller = max(value, remaining), min(value, remaining)
-        results = _results(larger, smaller, recipe.largest_result)
-        nearest = min(results, key=lambda operator: abs(results[operator] - puzzle.target))
-        made = results[nearest]
-        verdict = "yes" if made == puzzle.target else "low" if made < puzzle.target else "high"
-        lines.append(f"{left}{operator}{right}={value}, {larger}{nearest}{smaller}={made} {verdict}\n")
+    tries = _tries([(n, str(n)) for n in puzzle.nums], puzzle.target, recipe)
+    for steps, value, answer in islice(tries, recipe.max_tries):  # noqa: B007 - the answer is the last try's
+        verdict = "yes" if value == puzzle.target else "low" if value < puzzle.target else "high"
+        lines.append(f"{', '.join(steps)} {verdict}\n")
         if verdict == "yes" or (not patient and rng.random() < recipe.give_up):
             break
-    first = f"({left}{operator}{right})"
-    answer = f"{first}{nearest}{remaining}" if value >= remaining else f"{remaining}{nearest}{first}"
     return Trace(puzzle, f"\n{''.join(lines)}</think>\n<answer>{answer}</answer>", patient)
 
 
-def _first_steps(puzzle: Puzzle, start: int, largest_product: int) -> list[tuple[int, str, int, int, int]]:
-    """The ways to combine two of the three numbers, the larger one first: (left, operator, right, value, remaining number).
+def _tries(items: list[tuple[int, str]], target: int, recipe: ColdStart) -> Iterator[tuple[list[str], int, str]]:
+    """All ways to make one number of numbers (value, expression) in the order of the search: (steps, value, expression)."""
+    for (larger, left), (smaller, right), rest in _pairs(items):
+        results = _results(larger, smaller, recipe)
+        if not rest:
+            nearest = min(results, key=lambda operator: abs(results[operator] - target))
+            yield [f"{larger}{nearest}{smaller}={results[nearest]}"], results[nearest], f"{left}{nearest}{right}"
+            continue
+        for operator, value in results.items():
+            made = (value, f"({left}{operator}{right})")
+            for steps, last, expression in _tries([*rest, made], target, recipe):
+                yield [f"{larger}{operator}{smaller}={value}", *steps], last, expression
 
-    All of one pair, then of the next; `start`, 0 to 2, says which pair comes first.
-    """
-    pairs = [(0, 1, 2), (0, 2, 1), (1, 2, 0)]
-    steps = []
-    for i, j, k in pairs[start:] + pairs[:start]:
-        larger, smaller = max(puzzle.nums[i], puzzle.nums[j]), min(puzzle.nums[i], puzzle.nums[j])
-        for operator, value in _results(larger, smaller, largest_product).items():
-            steps.append((larger, operator, smaller, value, puzzle.nums[k]))
-    return steps
+
+def _pairs(items: list[tuple[int, str]]) -> Iterator[tuple[tuple[int, str], tuple[int, str], list[tuple[int, str]]]]:
+    """(larger, smaller, the others) for every two of the items, smallest first; pairs that look alike come once."""
+    ordered = sorted(items, key=itemgetter(0))
+    seen = set()
+    for i, j in combinations(range(len(ordered)), 2):
+        if (key := (ordered[i][0], ordered[j][0])) not in seen:
+            seen.add(key)
+            yield ordered[j], ordered[i], [item for k, item in enumerate(ordered) if k not in (i, j)]
+
+
+def _results(larger: int, smaller: int, recipe: ColdStart) -> dict[str, int]:
+    """What the operators make of two numbers >= 1, positive integers only; never empty."""
+    results = {
+        "+": larger + smaller,
+        "-": larger - smaller,
+        "*": larger * smaller,
+        "/": larger // smaller if larger % smaller == 0 else 0,
+    }
+    return {operator: results[operator] for operator in recipe.operators if 0 < results[operator] <= recipe.largest_result}
 
 
 @lru_cache(maxsize=1)
-def _training_puzzles(seed: int) -> tuple[Puzzle, ...]:
-    return tuple(puzzle for puzzle in generate(TASK.num_puzzles, seed, TASK.space) if not is_heldout(puzzle.key, TASK))
-
-
-def _results(larger: int, smaller: int, largest_product: int) -> dict[str, int]:
-    """What the operators make of two numbers >= 1: positive integers only."""
-    results = {"+": larger + smaller}
-    if larger > smaller:
-        results["-"] = larger - smaller
-    if larger * smaller <= largest_product:
-        results["*"] = larger * smaller
-    if larger % smaller == 0:
-        results["/"] = larger // smaller
-    return results
+def _training_puzzles(task: TaskConfig, seed: int) -> tuple[Puzzle, ...]:
+    return tuple(puzzle for puzzle in generate(task.num_puzzles, seed, task.space) if not is_heldout(puzzle.key, task))
 
 
 def traces(recipe: ColdStart) -> Iterator[Trace]:
     """The supervised examples, each puzzle of the training part used equally often."""
     rng = random.Random(recipe.seed)
-    puzzles = list(_training_puzzles(recipe.seed))
+    puzzles = list(_training_puzzles(recipe.task, recipe.seed))
     for index in range(recipe.num_traces):
         if index % len(puzzles) == 0:
             rng.shuffle(puzzles)
-        yield search_trace(puzzles[index % len(puzzles)], rng, recipe)
+        puzzle, patient = puzzles[index % len(puzzles)], rng.random() < recipe.patient
+        if patient and rng.random() < recipe.hopeless:
+            other = Puzzle(puzzle.nums, rng.randint(*recipe.task.target_range))
+            puzzle = puzzle if is_heldout(other.key, recipe.task) else other
+        yield search_trace(puzzle, rng, recipe, patient)
 
 
-def build_tokenizer() -> Qwen2Tokenizer:
-    """A lossless tokenizer whose integers 0..255, tags and frequent phrases are one token each; everything else falls to bytes.
+def build_tokenizer(recipe: ColdStart) -> Qwen2Tokenizer:
+    """A lossless tokenizer; integers up to the largest result, tags and frequent phrases are one token, all else falls to bytes.
 
     It is a Qwen2Tokenizer because AutoTokenizer rebuilds that class for every qwen2 model, with Qwen's own pre-tokenizer, whatever
     tokenizer.json says. Added tokens are matched before the pre-tokenizer, so that they survive.
@@ -177,28 +219,50 @@ def build_tokenizer() -> Qwen2Tokenizer:
         vocab=alphabet, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
     )
     tokenizer.add_tokens([AddedToken("<|im_start|>", special=True)], special_tokens=True)
-    words = WORD_TOKENS + [str(n) for n in range(10, LARGEST_INTEGER_TOKEN + 1)]
+    words = [*WORD_TOKENS, *_operand_tokens(recipe), *(str(n) for n in range(10, recipe.largest_result + 1))]
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
     return tokenizer
 
 
-def build_base(output_dir: Path, recipe: ColdStart | None = None) -> dict[str, object]:
-    """Make the base in a new folder and return its manifest. Two builds on one machine are identical, byte for byte.
+def _operand_tokens(recipe: ColdStart) -> dict[str, int]:
+    """Text -> number. "*3=" is one token, not three, so that a try takes 9 tokens instead of 13."""
+    smallest, largest = recipe.task.number_range
+    return {f"{operator}{n}=": n for operator in recipe.operators for n in range(smallest, largest + 1)}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums over several threads would make the bytes of a base depend on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
+def build_base(name: str, output_dir: Path, recipe: ColdStart | None = None) -> dict[str, object]:
+    """Make a base in a new folder and return its manifest. Two builds on one machine are identical, byte for byte.
+
+    Args:
+        name: of an embedded base.
+        recipe: other settings than those of that name.
 
     Raises:
         InputError: the folder exists already.
     """
-    recipe = recipe or ColdStart()
+    recipe = recipe or COLD_STARTS[name]
     if output_dir.exists():
         raise InputError(f"--output: {output_dir} exists; choose a new folder or remove it")
     partial = output_dir.with_name(output_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
 
     set_seed(recipe.seed)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(recipe)
     dataset, data_hash = _dataset(recipe, tokenizer)
     model = Qwen2ForCausalLM(_model_config(recipe, tokenizer))
-    _embed_values(model, tokenizer, recipe.number_waves)
+    _embed_values(model, tokenizer, recipe)
     print(f"{model.num_parameters():,} parameters, {recipe.num_traces:,} traces", flush=True)
     arguments = SFTConfig(
         output_dir=str(partial),
@@ -224,16 +288,16 @@ def build_base(output_dir: Path, recipe: ColdStart | None = None) -> dict[str, o
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     # What `mini-r1 eval` needs to know of a model that is not a run: its puzzles, prompt and length.
-    own_recipe = {"model_name_or_path": TINY_BASE, **TASK.as_dict(), "max_completion_length": MAX_COMPLETION_LENGTH}
+    own_recipe = {"model_name_or_path": name, **recipe.task.as_dict(), "max_completion_length": recipe.max_completion_length}
     write_text(partial / "recipe.yaml", yaml.safe_dump(own_recipe, sort_keys=False))
     manifest = {
-        "made_by": "mini-r1 base build",
+        "made_by": f"mini-r1 base build {name}",
         "cold_start": asdict(recipe),
         "parameters": model.num_parameters(),
         "data_sha256": data_hash,
         "weights_sha256": weights_hash(partial),
         "versions": versions(),
-        "heldout": measure(model, AutoTokenizer.from_pretrained(partial)),
+        "heldout": measure(model, AutoTokenizer.from_pretrained(partial), recipe),
     }
     write_json(partial / "manifest.json", manifest)
     for leftover in ("training_args.bin", "README.md"):
@@ -242,17 +306,18 @@ def build_base(output_dir: Path, recipe: ColdStart | None = None) -> dict[str, o
     return manifest
 
 
-def measure(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer) -> dict[str, object]:
+def measure(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, recipe: ColdStart) -> dict[str, object]:
     """Held-out success of a model on the base's task, as in `eval/*.json`."""
-    puzzles = heldout_puzzles(load_split(TASK), TASK)
-    batches = sample_batches(model, tokenizer, puzzles, TASK, max_completion_length=MAX_COMPLETION_LENGTH)
+    task, max_completion_length = recipe.task, recipe.max_completion_length
+    puzzles = heldout_puzzles(load_split(task), task)
+    batches = sample_batches(model, tokenizer, puzzles, task, max_completion_length=max_completion_length)
     samples = [sample for _, batch in batches for sample in batch]
-    return summarize(samples, TASK, max_completion_length=MAX_COMPLETION_LENGTH)
+    return summarize(samples, task, max_completion_length=max_completion_length)
 
 
 def _dataset(recipe: ColdStart, tokenizer: Qwen2Tokenizer) -> tuple[Dataset, str]:
     """The traces as columns input_ids and labels (-100 where nothing is learned), and the SHA-256 of their text."""
-    template = PROMPT_TEMPLATES[TASK.prompt_template]
+    template = PROMPT_TEMPLATES[recipe.task.prompt_template]
     examples = list(traces(recipe))
     prompts = [template.render(example.puzzle.nums, example.puzzle.target, tokenizer) for example in examples]
     completions = [example.completion + tokenizer.eos_token for example in examples]
@@ -267,19 +332,20 @@ def _dataset(recipe: ColdStart, tokenizer: Qwen2Tokenizer) -> tuple[Dataset, str
     return Dataset.from_dict(columns), sha256("".join(prompts + completions).encode()).hexdigest()
 
 
-def _embed_values(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, amplitude: float) -> None:
-    """Add waves of their value to the integers' random embeddings, so that arithmetic is learned in minutes instead of hours.
+def _embed_values(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, recipe: ColdStart) -> None:
+    """Add waves of their value to the numbers' random embeddings, so that arithmetic is learned in minutes instead of hours.
 
     Trained networks come to add with such waves (Nanda et al., arXiv:2301.05217; Zhou et al., arXiv:2406.03445): a sum turns the
     phase. Waves of the logarithm do the same for products.
     """
-    values = torch.arange(LARGEST_INTEGER_TOKEN + 1.0)
-    phases = [2 * math.pi * values / period for period in WAVE_PERIODS]
-    phases += [frequency * (values + 1).log() for frequency in LOG_WAVE_FREQUENCIES]
+    values = {str(n): n for n in range(recipe.largest_result + 1)} | _operand_tokens(recipe)
+    numbers = torch.tensor(list(values.values()), dtype=torch.float32)
+    phases = [2 * math.pi * numbers / period for period in WAVE_PERIODS]
+    phases += [frequency * (numbers + 1).log() for frequency in LOG_WAVE_FREQUENCIES]
     waves = torch.stack([wave(phase) for phase in phases for wave in (torch.cos, torch.sin)], dim=1)
-    tokens = tokenizer.convert_tokens_to_ids([str(int(value)) for value in values])
+    tokens = tokenizer.convert_tokens_to_ids(list(values))
     with torch.no_grad():
-        model.get_input_embeddings().weight[tokens, : waves.shape[1]] += amplitude * waves
+        model.get_input_embeddings().weight[tokens, : waves.shape[1]] += recipe.number_waves * waves
 
 
 def _model_config(recipe: ColdStart, tokenizer: Qwen2Tokenizer) -> Qwen2Config:

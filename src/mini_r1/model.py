@@ -1,25 +1,25 @@
-"""A name -> weights and tokenizer: the embedded base, a folder, a run, or a model of the hub; and which checkpoints are whole."""
+"""A name -> weights and tokenizer: an embedded base, a folder, a run, or a model of the hub; and which checkpoints are whole."""
 
 from pathlib import Path
 from typing import Any
 
 from mini_r1 import InputError
 
-TINY_BASE = "tiny_base"
+EMBEDDED_BASES = ("tiny_base", "tiny_base_hard")  # folders of this package; mini_r1.cold_start makes them
 # Written into a checkpoint once every rank has finished its part: without it the checkpoint was torn by a kill.
 COMPLETE_MARKER = "complete"
 
 
 def model_path(name: str) -> str:
-    """The folder of the embedded model, or the name itself: a folder or a model id of the hub."""
-    return str(Path(__file__).parent / TINY_BASE) if name == TINY_BASE else name
+    """The folder of an embedded base, or the name itself: a folder or a model id of the hub."""
+    return str(Path(__file__).parent / name) if name in EMBEDDED_BASES else name
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer of a model.
 
     Raises:
-        InputError: it cannot be had; names the embedded model, which always can.
+        InputError: it cannot be had; names an embedded base, which always can.
     """
     from transformers import AutoTokenizer
 
@@ -33,7 +33,7 @@ def load_model(name: str, revision: str | None = None) -> Any:
     """A causal language model for generation, LoRA adapters applied: in its own dtype, on the GPU if there is one.
 
     Raises:
-        InputError: it cannot be had; names the embedded model, which always can.
+        InputError: it cannot be had; names an embedded base, which always can.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -51,7 +51,7 @@ def model_error(name: str, error: Exception) -> InputError:
     """What to tell a user whose model cannot be loaded, in one line."""
     reason = " ".join(str(error).split())[:200]
     return InputError(
-        f"model_name_or_path: '{name}' cannot be loaded ({reason}); without network write a local folder or {TINY_BASE}"
+        f"model_name_or_path: '{name}' cannot be loaded ({reason}); without network write a local folder or {EMBEDDED_BASES[0]}"
     )
 
 

@@ -28,6 +28,7 @@ from mini_r1.model import model_path
 from mini_r1.recipe import load_recipe
 
 Settings = Mapping[str, Any]
+Records = Mapping[str, list[dict[str, Any]]]  # a setting's label -> its records, seed by seed
 SMOOTHING = 3  # sampled batches; each holds few puzzles, so success jumps about
 
 
@@ -124,15 +125,16 @@ def write_results(sweep: Sweep) -> None:
     Raises:
         InputError: a record is missing, or was made by another recipe than today's.
     """
+    records = {_label(settings): _records(sweep, settings) for settings in ({}, *sweep.settings())}
     title = f"# Results of [{sweep.recipe.name}]({os.path.relpath(sweep.recipe, sweep.results.parent)})\n"
-    parts = [title, _preamble(sweep)]
+    parts = [title, _preamble(sweep, records)]
     for title, table in sweep.tables.items():
         figure = sweep.results.parent / "figures" / f"{sweep.name}-{title.lower().replace(' ', '-')}.svg"
-        _draw(sweep, title, table, figure)
+        _draw(records, title, table, figure)
         image = f"![Learning curves: {title}]({figure.relative_to(sweep.results.parent).as_posix()})\n"
-        parts += [f"## {title}\n", _table(sweep, table), image]
-    parts += ["## Before and after, by difficulty\n", _by_difficulty(sweep)]
-    parts += ["## Three puzzles, before and after\n", _examples(sweep)]
+        parts += [f"## {title}\n", _table(records, table), image]
+    parts += ["## Before and after, by difficulty\n", _by_difficulty(records[_label({})])]
+    parts += ["## Three puzzles, before and after\n", _examples(records[_label({})][0])]
     write_text(sweep.results, "\n".join(parts))
 
 
@@ -188,10 +190,10 @@ def _records(sweep: Sweep, settings: Settings) -> list[dict[str, Any]]:
 # ---- Tables -----------------------------------------------------------------------------------------------------------------
 
 
-def _preamble(sweep: Sweep) -> str:
-    records = [record for settings in sweep.settings() for record in _records(sweep, settings)]
-    summary = records[0]["summary"]
-    hardware = {_hardware(record) for record in records}
+def _preamble(sweep: Sweep, records: Records) -> str:
+    everything = [record for of_setting in records.values() for record in of_setting]
+    summary = everything[0]["summary"]
+    hardware = {_hardware(record) for record in everything}
     return (
         f"Written by `mini-r1 sweep` from the records in `{sweep.records.as_posix()}`; nothing here is typed by hand.\n\n"
         f"Success is held-out success: {summary['num_puzzles']} puzzles that neither the base nor the run has seen "
@@ -210,7 +212,7 @@ def _hardware(record: Mapping[str, Any]) -> str:
     return f"{record['hardware']['cpu_count']} CPU cores, {gpus}, {versions}"
 
 
-def _table(sweep: Sweep, table: Sequence[Settings]) -> str:
+def _table(records: Records, table: Sequence[Settings]) -> str:
     columns = [
         "setting",
         "success before",
@@ -225,27 +227,26 @@ def _table(sweep: Sweep, table: Sequence[Settings]) -> str:
     ]
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for settings in table:
-        records = _records(sweep, settings)
-        times = [(record["summary"]["train_seconds"] / 60, record["hardware"]["torch_threads"]) for record in records]
+        runs = records[_label(settings)]
+        times = [(record["summary"]["train_seconds"] / 60, record["hardware"]["torch_threads"]) for record in runs]
         cells = [
             f"`{_label(settings)}`",
-            "<br>".join(_with_interval(record["before"]) for record in records),
-            "<br>".join(_with_interval(record["after"]) for record in records),
-            f"**{fmean(record['after']['success'] for record in records):.1%}**",
-            _change(records, lambda result: result["mean_completion_tokens"], "{:.0f}"),
-            _change(records, lambda result: result["behaviors"]["tries"], "{:.1f}"),
-            _change(records, lambda result: result["behaviors"]["verified"], "{:.1%}"),
-            _change(records, lambda result: result["behaviors"]["true_arithmetic"] or 0.0, "{:.1%}"),
-            _change(records, lambda result: result["behaviors"]["gave_up"], "{:.0%}"),
+            "<br>".join(_with_interval(record["before"]) for record in runs),
+            "<br>".join(_with_interval(record["after"]) for record in runs),
+            f"**{fmean(record['after']['success'] for record in runs):.1%}**",
+            _change(runs, lambda result: result["mean_completion_tokens"], "{:.0f}"),
+            _change(runs, lambda result: result["behaviors"]["tries"], "{:.1f}"),
+            _change(runs, lambda result: result["behaviors"]["verified"], "{:.1%}"),
+            _change(runs, lambda result: result["behaviors"]["true_arithmetic"] or 0.0, "{:.1%}"),
+            _change(runs, lambda result: result["behaviors"]["gave_up"], "{:.0%}"),
             "<br>".join(f"{minutes:.1f} ({threads})" for minutes, threads in times),
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 
-def _by_difficulty(sweep: Sweep) -> str:
-    """pass@k and success by difficulty of the recipe itself."""
-    records = _records(sweep, {})
+def _by_difficulty(records: Sequence[Mapping[str, Any]]) -> str:
+    """pass@k and success by difficulty, seed by seed."""
     rows = ["| of the recipe itself | puzzles | before, per seed | after, per seed | ratio of means |", "|---|---|---|---|---|"]
     for k in records[0]["after"]["pass_at"]:
         cells = [[record[when]["pass_at"][k] for record in records] for when in ("before", "after")]
@@ -260,9 +261,8 @@ def _by_difficulty(sweep: Sweep) -> str:
     return "\n".join(rows) + "\n"
 
 
-def _examples(sweep: Sweep) -> str:
-    """The same held-out puzzles thought through before and after, by the recipe itself with the first seed."""
-    record = _records(sweep, {})[0]
+def _examples(record: Mapping[str, Any]) -> str:
+    """The same held-out puzzles thought through before and after, by one run."""
     parts = []
     for before, after in zip(record["before"]["examples"], record["after"]["examples"], strict=True):
         parts.append(f"**Make {before['target']} using each of {', '.join(map(str, before['nums']))} once**\n")
@@ -284,7 +284,7 @@ def _change(records: Sequence[Mapping[str, Any]], value: Any, text: str) -> str:
     return " → ".join(text.format(fmean(value(record[when]) for record in records)) for when in ("before", "after"))
 
 
-def _draw(sweep: Sweep, title: str, table: Sequence[Settings], file: Path) -> None:
+def _draw(records: Records, title: str, table: Sequence[Settings], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
@@ -293,9 +293,9 @@ def _draw(sweep: Sweep, title: str, table: Sequence[Settings], file: Path) -> No
     pyplot.rcParams["svg.hashsalt"] = title  # the same data, the same bytes
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for settings in table:
-        records = _records(sweep, settings)
-        by_step = list(zip(*(_smooth(record["curve"]["success"]) for record in records), strict=False))
-        steps = records[0]["curve"]["step"][: len(by_step)]
+        runs = records[_label(settings)]
+        by_step = list(zip(*(_smooth(record["curve"]["success"]) for record in runs), strict=False))
+        steps = runs[0]["curve"]["step"][: len(by_step)]
         (line,) = axes.plot(steps, [fmean(values) for values in by_step], label=_label(settings))
         axes.fill_between(steps, list(map(min, by_step)), list(map(max, by_step)), color=line.get_color(), alpha=0.15)
     axes.set(xlabel="optimizer step", ylabel="training success", ylim=(0, 1), title=title)

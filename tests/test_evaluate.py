@@ -80,6 +80,10 @@ def test_summary():
     assert result["by_difficulty"]["operator_kinds"]["1"]["num_puzzles"] == 2
     json.dumps(result)
 
+    samples = [sample((1, 2, 3), 6, 1.0), sample((2, 2, 4), 8, 1.0), sample((1, 2), 3, 1.0)]
+    result = summarize(samples, replace(TASK, num_eval_samples=1))
+    assert list(result["by_difficulty"]["solutions"]) == ["1", "2-3", "10+"]
+
 
 @pytest.fixture(scope="module")
 def base():

@@ -7,6 +7,7 @@ and a seed of their own, so the result does not depend on the number of processe
 """
 
 import math
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -261,10 +262,15 @@ def _by_difficulty(
                 "ci95": confidence_interval(counts, num_samples),
                 "num_puzzles": len(counts),
             }
-            for value, counts in sorted(values.items())
+            for value, counts in sorted(values.items(), key=lambda item: _band_order(item[0]))
         }
         for measure, values in groups.items()
     }
+
+
+def _band_order(value: str) -> tuple[int, str]:
+    """Sorts the values of one measure of difficulty: 2-3 before 10+, false before true."""
+    return int(re.match(r"\d*", value)[0] or 0), value
 
 
 _SOLUTION_BANDS = [(1, "1"), (3, "2-3"), (9, "4-9"), (math.inf, "10+")]

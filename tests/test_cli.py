@@ -9,6 +9,8 @@ import pytest
 from mini_r1.cli import main
 from mini_r1.countdown.expression import is_solution
 
+ORIGINAL = Path(__file__).parents[1] / "recipes" / "grpo-qwen-2.5-3b-deepseek-r1-countdown.yaml"
+
 
 def test_help_imports_no_torch():
     code = (
@@ -20,7 +22,9 @@ def test_help_imports_no_torch():
     assert subprocess.run([Path(sys.executable).parent / "mini-r1", "--version"], check=True, capture_output=True).stdout
 
 
-@pytest.mark.parametrize("command", [["train"], ["eval"], ["solve"], ["data", "build"], ["data", "check"], ["base", "build"]])
+@pytest.mark.parametrize(
+    "command", [["train"], ["doctor"], ["eval"], ["solve"], ["data", "build"], ["data", "check"], ["sweep"], ["base", "build"]]
+)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])
@@ -37,6 +41,21 @@ def test_solve(capsys):
     assert capsys.readouterr().out == "9 cannot be made from [1, 1]\n"
     assert main(["solve", "1", "--target", "9"]) == 2
     assert capsys.readouterr().err == "error: want 2 to 6 numbers, got 1\n"
+
+
+def test_a_dry_run_plans_and_starts_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    machine = ["--gpus", "4", "--gpu-memory", "80"]
+    assert main(["train", str(ORIGINAL), *machine, "--dry-run", "--gradient_accumulation_steps", "4"]) == 0
+    plan = capsys.readouterr().out
+    assert "3 processes on GPUs 0-2" in plan
+    assert "96 completions per optimizer step" in plan
+    assert plan.count("--gradient_accumulation_steps 4") == 1
+    assert main(["doctor", str(ORIGINAL), *machine]) == 0
+    assert "verdict     it fits" in capsys.readouterr().out
+    assert main(["train", str(ORIGINAL), "--gpus", "1", "--gpu-memory", "80", "--dry-run"]) == 2
+    assert "needs a GPU of its own" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_data_build_and_check(tmp_path, capsys):
@@ -58,6 +77,8 @@ def test_data_build_and_check(tmp_path, capsys):
         (["data", "build", "--num-puzzles", "9", "--output", "x.txt"], "ends in .jsonl or .parquet"),
         (["data", "check", "no.jsonl"], "no file or folder 'no.jsonl'"),
         (["train", "no.yaml"], "no.yaml: no such recipe"),
+        (["train", str(ORIGINAL), "--gpus", "4", "--gpu-memory", "80"], "--gpus: a run takes the GPUs it finds"),
+        (["doctor", "--gpus", "4"], "--gpus and --gpu-memory: give both"),
         (["eval", "no/such-model"], "cannot be loaded"),
     ],
 )

@@ -96,7 +96,7 @@ def sample_base(base, puzzles, num_samples=2, max_completion_length=60, **option
 
 
 def test_the_result_does_not_depend_on_the_number_of_processes(base, monkeypatch):
-    monkeypatch.setattr("mini_r1.evaluate.BATCH_SIZE", 16)
+    monkeypatch.setattr("mini_r1.evaluate.EVALUATION_BATCH", 16)
     puzzles = heldout_puzzles(load_split(TASK), TASK)[:20]
     alone = sample_base(base, puzzles)
     shared = [sample_base(base, puzzles, process=rank, num_processes=2) for rank in range(2)]

@@ -71,10 +71,6 @@ def test_yaml_traps_are_mended(write):
         ("test_share: 1.5", "test_share: want a share between 0 and 1"),
         ("num_eval_puzzles: 0", "num_eval_puzzles: want at least 1"),
         ("eval_temperature: 0", "eval_temperature: want more than 0"),
-        (
-            "gradient_accumulation_steps: 2\nsteps_per_generation: 8\nsave_steps: 6",
-            "line 4: save_steps: 6 is no multiple of the 4 optimizer steps that share one generation",
-        ),
         ("resume_from_checkpoint: x", "line 2: a run resumes by itself"),
         ("seed: [", "not valid YAML"),
     ],
@@ -84,6 +80,24 @@ def test_mistakes_are_explained_in_one_line(write, line, message):
         load_recipe(write(MINIMAL + line + "\n"))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_for_the_tutorials_trl_gets_a_table(write):
+    with pytest.raises(InputError) as caught:
+        load_recipe(
+            write(MINIMAL + "torch_dtype: bfloat16\nwarmup_ratio: 0.03\nvllm_device: auto\nper_device_train_batch_size: 1\n")
+        )
+    headline, *rows = str(caught.value).splitlines()
+    assert "written for TRL 0.14, this is 1.16; write instead" in headline
+    assert [row.split()[0] for row in rows] == ["torch_dtype", "warmup_ratio", "vllm_device", "per_device_train_batch_size"]
+    assert "counts completions, not prompts" in rows[-1]
+
+
+def test_no_old_key_is_a_key_of_today():
+    known = {field.name for field in fields(TaskConfig)}.union(
+        *map(recipe._fields_of, (recipe._MODEL_CLASSES, recipe._TRAINING_CLASSES))
+    )
+    assert known & recipe.OLD_KEYS.keys() <= {"use_liger_kernel", "logging_dir"}
 
 
 @pytest.mark.parametrize(("text", "message"), [("- a list\n", "not a recipe"), ("seed: 1\n", "model_name_or_path is missing")])

@@ -9,7 +9,7 @@ from mini_r1 import InputError
 from mini_r1.callbacks import RolloutRecorder
 from mini_r1.model import COMPLETE_MARKER, load_tokenizer
 from mini_r1.recipe import load_recipe
-from mini_r1.train import _arguments, _build_trainer, _checkpoint_to_resume, _finished_summary
+from mini_r1.train import _arguments, _build_trainer, _checkpoint_to_resume
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny-cpu.yaml"
 
@@ -25,6 +25,12 @@ def test_dtype_and_attention_reach_the_model(tmp_path):
     model = build(tmp_path, "--dtype", "bfloat16", "--attn_implementation", "eager").model
     assert model.dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"
+
+
+def test_attention_falls_back_to_sdpa_where_flash_attn_is_missing(tmp_path, capsys):
+    model = build(tmp_path, "--dtype", "bfloat16", "--attn_implementation", "flash_attention_2").model
+    assert model.config._attn_implementation == "sdpa"
+    assert "flash-attn is not installed, using sdpa" in capsys.readouterr().out
 
 
 def test_lora_reaches_the_model(tmp_path):
@@ -65,11 +71,3 @@ def test_torn_checkpoints_are_removed_and_the_last_complete_one_is_resumed(tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-5"]
     assert "checkpoint-15: it was not written to its end" in capsys.readouterr().out
     assert _checkpoint_to_resume(tmp_path / "new", is_main=True) is None
-
-
-def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(InputError, match="is no run of ours"):
-        _finished_summary(load_recipe(RECIPE, ["--output_dir", str(tmp_path)]))
-    (tmp_path / "thesis.tex").unlink()
-    assert _finished_summary(load_recipe(RECIPE, ["--output_dir", str(tmp_path)])) is None

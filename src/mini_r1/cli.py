@@ -5,12 +5,18 @@ Exit codes: 0 done, 1 failed, 2 bad input (one clear line, no traceback).
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mini_r1 import InputError, __version__
 from mini_r1.model import EMBEDDED_BASES
+
+if TYPE_CHECKING:
+    from mini_r1.plan import Machine
+    from mini_r1.recipe import Recipe
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,12 +35,15 @@ def entry_point() -> None:
 
 
 def exit_code(command: Callable[[], None]) -> int:
-    """Run a command; an InputError becomes one line on stderr and exit code 2."""
+    """Run a command; an InputError becomes one line on stderr and exit code 2, a dead vLLM server its last words and 1."""
+    from mini_r1.vllm_server import ServerDied
+
     try:
         command()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (InputError, ServerDied) as error:
+        if os.environ.get("RANK", "0") == "0":  # the other processes of a launch have met the same
+            print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
     return 0
 
 
@@ -47,10 +56,7 @@ def train_script() -> int:
     def command() -> None:
         from mini_r1.recipe import load_recipe
 
-        recipe = load_recipe(args.config, overrides)  # before the slow imports: a typo is told at once
-        from mini_r1.train import run
-
-        run(recipe)
+        _run(load_recipe(args.config, overrides))
 
     return exit_code(command)
 
@@ -59,12 +65,51 @@ def train_script() -> int:
 
 
 def train(args: argparse.Namespace) -> None:
+    from mini_r1.doctor import first_problem
+    from mini_r1.plan import launch, make_plan
     from mini_r1.recipe import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    plan = make_plan(load_recipe(args.recipe, args.overrides), _machine(args))
+    if args.dry_run:
+        print(plan)
+        return
+    if args.gpus is not None:
+        raise InputError(
+            "--gpus: a run takes the GPUs it finds; plan for another machine with --dry-run, or set CUDA_VISIBLE_DEVICES"
+        )
+    if plan.launcher:
+        first_problem(plan.recipe, plan.launcher)
+        launch(plan)
+    _run(plan.recipe)
+
+
+def doctor(args: argparse.Namespace) -> None:
+    from mini_r1.doctor import examine
+
+    examine(args.recipe, _machine(args), planned=args.gpus is not None)
+
+
+def _machine(args: argparse.Namespace) -> "Machine":
+    from mini_r1.plan import Machine, this_machine
+
+    if (args.gpus is None) != (args.gpu_memory is None) and args.gpus != 0:
+        raise InputError("--gpus and --gpu-memory: give both, or neither for this machine")
+    return this_machine() if args.gpus is None else Machine(args.gpus, args.gpu_memory or 0.0)
+
+
+def _run(recipe: "Recipe") -> None:
+    """Train in this process. What is cheap to check is checked before the slow imports, and before CUDA counts the GPUs."""
+    from mini_r1.doctor import first_problem
+    from mini_r1.plan import check_processes, owns_server
+    from mini_r1.vllm_server import take_last_gpu
+
+    check_processes(recipe, int(os.environ.get("WORLD_SIZE", 1)))
+    if os.environ.get("RANK", "0") == "0":
+        first_problem(recipe)
+    server_gpu = take_last_gpu() if owns_server(recipe) and not recipe.training.get("use_cpu") else None
     from mini_r1.train import run
 
-    run(recipe)
+    run(recipe, server_gpu)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -149,6 +194,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "train", train, "run a recipe: evaluate, train with GRPO, evaluate again")
     command.add_argument("recipe", help="a YAML recipe; any of its keys can be overridden with --key value")
+    command.add_argument("--dry-run", action="store_true", help="only say what would run where, and whether it fits")
+    _machine_arguments(command)
+
+    command = _command(commands, "doctor", doctor, "will it run here, and if not, what to change")
+    command.add_argument("recipe", nargs="?", help="a YAML recipe; without one, only the installation is examined")
+    _machine_arguments(command)
 
     command = _command(commands, "eval", evaluate, "held-out success of a run or a model, with its 95 %% interval")
     command.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, tiny_base, a model folder, or a hub id")
@@ -190,6 +241,11 @@ def _command(commands, name, function, help):
     parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
     parser.set_defaults(command=function)
     return parser
+
+
+def _machine_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpus", type=int, help="plan for a machine with so many GPUs (default: this one)")
+    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="of each of them, as the card says: 24, 80, ...")
 
 
 def _positive(text: str) -> int:

@@ -26,12 +26,12 @@ from mini_r1.countdown.puzzles import Puzzle, uniform_hash
 from mini_r1.countdown.solver import Difficulty, difficulty
 from mini_r1.data import Split, load_split
 from mini_r1.model import load_model, load_tokenizer, model_path, run_weights
+from mini_r1.plan import EVALUATION_BATCH
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TRAINING_DEFAULTS, TaskConfig, load_recipe
 from mini_r1.rewards import equation_reward, format_reward
 
 RULE = "every given number used exactly once, exact arithmetic"
-BATCH_SIZE = 256  # completions; on 2 cores the tiny base generates 64 and 256 at once in nearly the same time
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def sample_batches(
         on_batch: called after each batch with the number of completions it held.
     """
     num_samples, template = task.num_eval_samples, PROMPT_TEMPLATES[task.prompt_template]
-    per_batch = max(1, BATCH_SIZE // num_samples)
+    per_batch = max(1, EVALUATION_BATCH // num_samples)
     stop_ids = _stop_ids(model, tokenizer)
     generation = GenerationConfig(
         do_sample=True,
@@ -152,7 +152,10 @@ def sample_batches(
     devices = [model.device] if model.device.type == "cuda" else []
     model.eval()
     with torch.inference_mode(), torch.random.fork_rng(devices=devices):
-        for index in range(process, math.ceil(len(puzzles) / per_batch), num_processes):
+        num_batches = math.ceil(len(puzzles) / per_batch)
+        for first in range(0, num_batches, num_processes):
+            # Under ZeRO-3 all processes must generate together: one without a batch of its own repeats the last, for nothing.
+            index = min(first + process, num_batches - 1)
             batch = puzzles[index * per_batch : (index + 1) * per_batch]
             torch.manual_seed(uniform_hash("evaluate", seed, index) >> 1)
             prompts = [template.render(puzzle.nums, puzzle.target, tokenizer) for puzzle in batch]
@@ -161,8 +164,9 @@ def sample_batches(
             sequences = model.generate(**inputs, generation_config=generation)
             completions = sequences[:, inputs["input_ids"].shape[1] :].tolist()
             repeated = [puzzle for puzzle in batch for _ in range(num_samples)]
-            batches.append((index, _judge(repeated, completions, tokenizer, stop_ids)))
-            on_batch(len(completions))
+            if index == first + process:
+                batches.append((index, _judge(repeated, completions, tokenizer, stop_ids)))
+                on_batch(len(completions))
     model.train(was_training)
     return batches
 

@@ -28,7 +28,7 @@ def build_manifest(recipe: Mapping[str, Any], model_path: str, model_revision: s
         "command": sys.argv,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
-        "hardware": _hardware(),
+        "hardware": hardware(),
         "git": _git_state(),
         "recipe_sha256": sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
         "model": {"name": recipe["model_name_or_path"], "sha256": weights_hash(model_path), "revision": model_revision},
@@ -45,6 +45,20 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def hardware() -> dict[str, Any]:
+    """What this process runs on."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+    }
 
 
 def weights_hash(model_path: str | Path) -> str | None:
@@ -72,19 +86,6 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-
-
-def _hardware() -> dict[str, Any]:
-    import torch
-
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpus": gpus,
-        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
-    }
 
 
 def _git_state() -> dict[str, Any] | None:

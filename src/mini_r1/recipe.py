@@ -37,6 +37,21 @@ TRAINING_DEFAULTS = {
     "save_total_limit": 2,  # a checkpoint of a 3B model with its optimizer is 40 GB; one spare in case of a torn write
 }
 
+# Keys of TRL 0.14 and transformers 4.48, which the tutorial's recipe used, and what to write instead.
+OLD_KEYS = {
+    "torch_dtype": "dtype",
+    "warmup_ratio": "warmup_steps: a number below 1 is a share of all steps",
+    "vllm_device": "leave it out: with vllm_mode: server the run starts vLLM on the last GPU",
+    "vllm_max_model_len": "vllm_max_model_length",
+    "vllm_dtype": "leave it out: vLLM uses the model's dtype",
+    "dataset_splits": "dataset_split",
+    "tokenizer_name_or_path": "leave it out: the tokenizer comes with the model",
+    "use_liger_kernel": "model_init_kwargs: {use_kernels: true}",
+    "logging_dir": "leave it out: TensorBoard files are in the run folder",
+    "overwrite_output_dir": "leave it out: choose another output_dir, or remove the folder",
+    "evaluation_strategy": "eval_strategy",
+}
+
 
 @dataclass(frozen=True)
 class TaskConfig:
@@ -96,12 +111,22 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe: our part, and what goes into TRL's `ModelConfig` and `GRPOConfig`."""
+    """A checked recipe: our part, and what goes into TRL's `ModelConfig` and `GRPOConfig`; `where` each key was set."""
 
-    name: str
+    path: Path
+    overrides: tuple[str, ...]
+    where: Mapping[str, str]
     task: TaskConfig
     model: dict[str, Any]
     training: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    def error(self, problem: str) -> InputError:
+        """The error for a problem that starts with a key: it tells where that key was set."""
+        return InputError(f"{self.where.get(problem.partition(':')[0], self.path)}: {problem}")
 
     @property
     def run_dir(self) -> Path:
@@ -123,10 +148,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for key, value in _parse_overrides(overrides).items():
         given[key] = value
         lines[key] = f"--{key}"
-    return _resolve(path.stem, given, lines)
+    _refuse_old_keys(path, given)
+    return Recipe(path, tuple(overrides), lines, *_resolve(path.stem, given, lines))
 
 
-def _resolve(name: str, given: dict[str, Any], where: dict[str, str]) -> Recipe:
+def _refuse_old_keys(path: Path, given: Mapping[str, Any]) -> None:
+    """A recipe for TRL 0.14, the tutorial's, is not translated behind its author's back: some of it means something else now."""
+    old = {key: new for key, new in OLD_KEYS.items() if key in given}
+    if not old:
+        return
+    if "per_device_train_batch_size" in given:
+        old["per_device_train_batch_size"] = "now counts completions, not prompts: write the old value times num_generations"
+    rows = [f"  {key:<28} {new}" for key, new in old.items()]
+    raise InputError("\n".join([f"{path}: written for TRL 0.14, this is 1.16; write instead:", *rows]))
+
+
+def _resolve(name: str, given: dict[str, Any], where: dict[str, str]) -> tuple[TaskConfig, dict[str, Any], dict[str, Any]]:
     kinds = {
         "task": _fields_of((("mini_r1", "recipe.py", "TaskConfig"),)),
         "model": _fields_of(_MODEL_CLASSES),
@@ -163,24 +200,7 @@ def _resolve(name: str, given: dict[str, Any], where: dict[str, str]) -> Recipe:
         raise InputError(
             f"{where['reward_weights']}: reward_weights: {len(weights)} weights for {len(task.reward_funcs)} reward_funcs"
         )
-    _check_save_steps(parts["training"], where)
-    return Recipe(name, task, parts["model"], parts["training"])
-
-
-def _check_save_steps(training: Mapping[str, Any], where: Mapping[str, str]) -> None:
-    """A checkpoint holds no completions: one amid the steps that share a batch of them could not be continued exactly.
-
-    Raises:
-        InputError: `save_steps` is no multiple of the optimizer steps that one generation feeds.
-    """
-    accumulated = training.get("gradient_accumulation_steps") or 1
-    micro_steps = (training.get("steps_per_generation") or accumulated) * training.get("num_iterations", 1)
-    window, save_steps = micro_steps / accumulated, training.get("save_steps", 500)
-    if window > 1 and isinstance(save_steps, int) and training.get("save_strategy") != "no" and save_steps % window:
-        raise InputError(
-            f"{where.get('save_steps', 'save_steps')}: save_steps: {save_steps} is no multiple of the {window:g} optimizer steps "
-            "that share one generation (steps_per_generation * num_iterations / gradient_accumulation_steps); write a multiple"
-        )
+    return task, parts["model"], parts["training"]
 
 
 # ---- Reading ----------------------------------------------------------------------------------------------------------------

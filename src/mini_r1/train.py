@@ -7,6 +7,7 @@ A run is a folder and continues by itself: the same command again resumes from t
 there is nothing left to do. Left out on purpose: any trainer, loss or sampler of our own.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import torch
 import yaml
 from accelerate.utils import gather_object
 from transformers import set_seed
@@ -38,23 +40,24 @@ from mini_r1.data import load_split, prompt_dataset
 from mini_r1.evaluate import heldout_puzzles, progress_bar, sample_batches, summarize
 from mini_r1.manifest import build_manifest, write_json, write_text
 from mini_r1.model import checkpoint_step, checkpoints, last_complete_checkpoint, load_tokenizer, model_error, model_path
+from mini_r1.plan import SERVER_HOST, owns_server
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import Recipe
 from mini_r1.rewards import get_reward_functions
-
-# Keys that may change when a run is continued: they do not touch what the earlier steps computed.
-CONTINUABLE_KEYS = {"max_steps", "num_train_epochs", "report_to", "push_to_hub"}
-CONTINUABLE_PREFIXES = ("save_", "logging_", "log_", "hub_", "num_eval_", "eval_", "vllm_server_")
+from mini_r1.vllm_server import VLLMServer
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
+def run(recipe: Recipe, server_gpu: str | None = None) -> dict[str, Any]:
     """Train as the recipe says and return the summary (also in `summary.json`). Every process of a launch calls this.
 
+    Args:
+        server_gpu: the GPU for the vLLM server that this run starts, if it starts one; hidden from this process already.
+
     Raises:
-        InputError: the recipe, its model or its data cannot be used, or its run folder holds something else.
+        InputError: the recipe, its model or its data cannot be used. `doctor.problems` tells most of it sooner.
+        ServerDied: the vLLM server did not start.
     """
     run_dir = recipe.run_dir
-    # Before anything else starts or is written: whether this folder is ours to continue.
     finished = _finished_summary(recipe)
     if finished is not None:
         print(f"{run_dir} is already finished; choose another --output_dir, or raise --max_steps to continue it.")
@@ -71,6 +74,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     dataset, too_long = prompt_dataset(split.train, template, tokenizer, recipe.task.max_prompt_length)
 
+    server = _start_server(recipe, args, server_gpu) if owns_server(recipe) and args.process_index == 0 else None
     recorder = RolloutRecorder(run_dir / "samples")
     trainer = _build_trainer(recipe, model_args, args, dataset, tokenizer, recorder)
     is_main = trainer.accelerator.is_main_process
@@ -93,6 +97,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(run_dir))
     trainer.save_state()  # trainer_state.json: every logged scalar
+    if server:
+        server.stop()
     after = evaluate("after")
     summary = {}
     if is_main:
@@ -104,6 +110,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
         trainer.push_to_hub()
     # Without this, two of five ZeRO-3 runs abort at exit after their success.
     trainer.accelerator.wait_for_everyone()
+    if args.use_vllm and args.vllm_mode == "colocate":
+        # At exit, when it would end by itself, the process group it uses is gone.
+        trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
     trainer.accelerator.end_training()
     return summary
 
@@ -133,6 +142,10 @@ def _arguments(recipe: Recipe) -> tuple[ModelConfig, GRPOConfig, int | None]:
         raise InputError("push_to_hub: no hub token here; run 'hf auth login', or write push_to_hub: false")
     try:
         model_args = ModelConfig(**recipe.model)
+        if model_args.attn_implementation == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+            if os.environ.get("RANK", "0") == "0":
+                print("attn_implementation: flash-attn is not installed, using sdpa")
+            model_args.attn_implementation = "sdpa"
         # The original recipe's dtype, attention and revision never reached its model.
         given["model_init_kwargs"] = {
             "revision": model_args.model_revision,
@@ -140,9 +153,24 @@ def _arguments(recipe: Recipe) -> tuple[ModelConfig, GRPOConfig, int | None]:
             "attn_implementation": model_args.attn_implementation,
             **(given.get("model_init_kwargs") or {}),
         }
-        return model_args, GRPOConfig(**given), eval_steps if strategy == "steps" else None
+        args = GRPOConfig(**given)
     except (ValueError, ImportError) as error:
         raise InputError(f"{recipe.name}: {' '.join(str(error).split())}") from error
+    if args.device.type == "cpu":
+        # accelerate numbers the CPUs of several processes, and torch.load, on resuming, knows no "cpu:1".
+        args._setup_devices = torch.device("cpu")
+    return model_args, args, eval_steps if strategy == "steps" else None
+
+
+def _start_server(recipe: Recipe, args: GRPOConfig, gpu: str | None) -> VLLMServer:
+    """Start vLLM on its GPU and tell TRL where it is."""
+    server = VLLMServer(recipe, gpu)
+    print(f"starting vLLM on {f'GPU {gpu}' if gpu else 'the CPU'}; its log is {server.log}", flush=True)
+    server.start()
+    server.watch()
+    args.vllm_server_base_url, args.vllm_group_port = server.url, server.group_port
+    os.environ["VLLM_HOST_IP"] = SERVER_HOST  # where TRL waits for the server to join the transfer of weights
+    return server
 
 
 def _build_trainer(
@@ -164,6 +192,10 @@ def _build_trainer(
         )
     except OSError as error:
         raise model_error(model_args.model_name_or_path, error) from error
+    for module in trainer.model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On such CPUs bitsandbytes 0.50 packs 4-bit weights when they are first evaluated, and then cannot train with them.
+            module.support_avx512bf16_for_cpu = False
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -173,39 +205,14 @@ def _build_trainer(
 
 
 def _finished_summary(recipe: Recipe) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do, None for a new or unfinished one.
-
-    Raises:
-        InputError: the folder cannot be written, or holds something else or a run of another recipe.
-    """
-    run_dir = recipe.run_dir
-    ancestor = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not (ancestor.is_dir() and os.access(ancestor, os.W_OK)):
-        raise InputError(f"output_dir: {run_dir} cannot be written: {ancestor} is no writable folder; choose another --output_dir")
-    if ancestor != run_dir or not any(run_dir.iterdir()):
-        return None
+    """The summary of a run that has nothing left to do, None for a new, unfinished or extended one."""
     try:
-        earlier = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))
+        earlier = yaml.safe_load((recipe.run_dir / "recipe.yaml").read_text(encoding="utf-8"))
+        summary = json.loads((recipe.run_dir / "summary.json").read_text(encoding="utf-8"))
     except OSError:
-        raise InputError(f"output_dir: {run_dir} exists and is no run of ours; choose another --output_dir") from None
+        return None
     now = recipe.as_dict()
-    changed = [
-        key
-        for key in sorted(earlier.keys() | now.keys())
-        if earlier.get(key) != now.get(key) and key not in CONTINUABLE_KEYS and not key.startswith(CONTINUABLE_PREFIXES)
-    ]
-    if changed:
-        key = changed[0]
-        raise InputError(
-            f"output_dir: {run_dir} holds a run with {key}: {earlier.get(key)}, this recipe says {now.get(key)}; "
-            "choose another --output_dir, or remove the folder to start anew"
-        )
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    extended = any(earlier.get(key) != now.get(key) for key in ("max_steps", "num_train_epochs"))
-    return None if extended else summary
+    return None if any(earlier.get(key) != now.get(key) for key in ("max_steps", "num_train_epochs")) else summary
 
 
 def _checkpoint_to_resume(run_dir: Path, is_main: bool) -> Path | None:
@@ -275,5 +282,7 @@ def _sum_up(run_dir: Path, after: dict[str, Any], steps: int, train_seconds: flo
             summary[f"{key}_{name}"] = result[key]
     for key in ("num_puzzles", "num_samples", "temperature", "split", "rule", "plus_minus_only_share"):
         summary[key] = after[key]
+    if torch.cuda.is_available():
+        summary["peak_gpu_memory_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
     write_json(run_dir / "summary.json", summary)
     return summary

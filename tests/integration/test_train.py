@@ -132,9 +132,9 @@ def test_a_finished_run_is_not_run_again(straight):
     ("changes", "message"),
     [
         ({"seed": 5}, "holds a run with seed: 1, this recipe says 5"),
-        ({"output_dir": ROOT / "README.md"}, "is no writable folder"),
+        ({"output_dir": ROOT / "README.md"}, "cannot be written (Not a directory"),
         ({"output_dir": "/dev/null/x"}, "cannot be written"),
-        ({"output_dir": "FRESH", "num_generations": 5}, "divisible"),
+        ({"output_dir": "FRESH", "num_generations": 5}, "cannot be cut into groups of num_generations: 5; it counts completions"),
         ({"output_dir": "FRESH", "num_eval_puzzles": 400}, "num_eval_puzzles: 400 asked for"),
     ],
 )

@@ -1,0 +1,203 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mini_r1 import InputError, plan
+from mini_r1.model import load_model
+from mini_r1.plan import GIB, QWEN, Machine, check_processes, estimate_memory, make_plan, model_shape, state_bytes
+from mini_r1.recipe import load_recipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+ORIGINAL = RECIPES / "grpo-qwen-2.5-3b-deepseek-r1-countdown.yaml"
+TINY = RECIPES / "tiny-cpu.yaml"
+
+
+def planned(recipe, gpus, memory=80, *overrides):
+    return make_plan(load_recipe(recipe, overrides), Machine(gpus, memory))
+
+
+def test_the_original_run():
+    found = planned(ORIGINAL, 4)
+    assert (found.processes, found.server_gpu, found.launcher) == (3, 3, "deepspeed_zero3")
+    assert found.command[:4] == ["accelerate", "launch", "--num_processes", "3"]
+    text = str(found)
+    assert "3 processes on GPUs 0-2" in text
+    assert "a vLLM server on GPU 3" in text
+    assert "192 completions per optimizer step, 24 prompts x 8" in text
+    assert "CUDA_VISIBLE_DEVICES=3 python -m vllm.entrypoints.openai.api_server --model Qwen/Qwen2.5-3B-Instruct" in text
+    assert "66% at 5%, 10% at 25%, 1% at 50%" in text
+
+
+def test_the_batch_of_the_published_run_on_eight_gpus():
+    # zzlzero/mini-R1: 7 training GPUs, 448 completions per optimizer step.
+    found = planned(RECIPES / "grpo-qwen-2.5-3b-8gpu.yaml", 8)
+    assert (found.processes, found.server_gpu) == (7, 7)
+    assert "448 completions per optimizer step, 56 prompts x 8" in str(found)
+
+
+@pytest.mark.parametrize("name", ["3b-1gpu", "1.5b-1gpu", "3b-base-1gpu"])
+def test_one_gpu_recipes_share_it_with_vllm(name):
+    found = planned(RECIPES / f"grpo-qwen-2.5-{name}.yaml", 1)
+    assert (found.processes, found.launcher, found.server_gpu) == (1, None, None)
+    assert "by vLLM on the training GPUs" in str(found)
+    assert "asleep while training" in str(found)
+    assert "192 completions" in str(found)
+
+
+def test_qlora_fits_a_small_gpu_and_is_copied_to_several():
+    assert planned(RECIPES / "grpo-qwen-2.5-3b-qlora.yaml", 1, 24).launcher is None
+    assert planned(RECIPES / "grpo-qwen-2.5-3b-qlora.yaml", 4, 24).launcher == "ddp"
+
+
+def test_the_default_recipe_needs_no_gpu():
+    found = planned(TINY, 0, 0)
+    assert (found.processes, found.launcher) == (1, None)
+    assert "1 process on the CPU" in str(found)
+    assert planned(TINY, 4).processes == 1  # it says use_cpu
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "memory", "overrides", "message"),
+    [
+        (
+            ORIGINAL,
+            1,
+            80,
+            [],
+            "server needs a GPU of its own beside the training, and this machine has 1; write vllm_mode: colocate",
+        ),
+        (ORIGINAL, 0, 0, [], "use_vllm: vLLM needs a GPU and this machine has none"),
+        (ORIGINAL, 4, 8, [], "needs about 37 GiB on each GPU and this machine has 8"),
+        (
+            RECIPES / "grpo-qwen-2.5-3b-1gpu.yaml",
+            1,
+            24,
+            [],
+            "needs about 71 GiB on each GPU and this machine has 24; write .*use_peft: true",
+        ),
+        (
+            RECIPES / "grpo-qwen-2.5-1.5b-1gpu.yaml",
+            1,
+            48,
+            ["--vllm_enable_sleep_mode", "false"],
+            "write vllm_enable_sleep_mode: true",
+        ),
+        (
+            ORIGINAL,
+            4,
+            80,
+            ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"],
+            "it counts completions, not prompts: write 8",
+        ),
+        (
+            TINY,
+            0,
+            0,
+            ["--num_generations", "5"],
+            "256 completions are sampled at a time, which cannot be cut into groups of num_generations: 5",
+        ),
+        (TINY, 0, 0, ["--num_generations", "1"], "num_generations: 1; GRPO compares"),
+        (TINY, 0, 0, ["--generation_batch_size", "256"], "give either this or steps_per_generation"),
+        (
+            TINY,
+            0,
+            0,
+            ["--num_puzzles", "10"],
+            "num_puzzles: about 9 prompts to train on, but 16 are sampled at a time; write at least 22",
+        ),
+        (TINY, 0, 0, ["--save_steps", "5"], "save_steps: 5 is no multiple of the 2 optimizer steps .*; write 6"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_change(recipe, gpus, memory, overrides, message):
+    with pytest.raises(InputError, match=message) as caught:
+        planned(recipe, gpus, memory, *overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_suggested_change_does_fit():
+    recipe = RECIPES / "grpo-qwen-2.5-1.5b-1gpu.yaml"
+    with pytest.raises(InputError, match="write ") as caught:
+        planned(recipe, 1, 24)
+    changes = str(caught.value).rpartition("write ")[2].split(", ")
+    planned(recipe, 1, 24, *[text for change in changes for text in f"--{change}".split(": ")])
+
+
+def test_mistakes_name_the_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model_name_or_path: tiny_base\ngradient_accumulation_steps: 2\nsteps_per_generation: 8\nsave_steps: 6\n")
+    with pytest.raises(InputError, match=r"mine\.yaml line 4: save_steps: 6 is no multiple of the 4 optimizer steps"):
+        planned(path, 0, 0)
+
+
+def test_a_sixteen_bit_model_without_a_wide_copy_is_warned_about():
+    recipe = RECIPES / "grpo-qwen-2.5-1.5b-1gpu.yaml"
+    assert "rounded away" in str(planned(recipe, 1, 80, "--dtype", "bfloat16"))
+    assert "rounded away" not in str(planned(recipe, 1, 80))
+    assert "rounded away" not in str(planned(ORIGINAL, 4))
+
+
+def test_somebody_elses_server_leaves_all_gpus_to_the_training():
+    found = planned(ORIGINAL, 4, 80, "--vllm_server_host", "10.0.0.5")
+    assert (found.processes, found.server_gpu) == (4, None)
+    assert "the vLLM server at http://10.0.0.5:8000" in str(found)
+
+
+def test_a_launch_that_leaves_no_gpu_for_the_server_is_refused(monkeypatch):
+    monkeypatch.setattr(plan, "visible_gpus", lambda: ["0", "1", "2", "3"])
+    check_processes(load_recipe(ORIGINAL), 3)
+    with pytest.raises(InputError, match="4 training processes on 4 GPUs leave none for the vLLM server; write --num_processes 3"):
+        check_processes(load_recipe(ORIGINAL), 4)
+
+
+def test_visible_gpus(monkeypatch, tmp_path):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\nprintf '0, 81559\\n1, 81559\\n2, 24564\\n'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert plan.this_machine() == Machine(3, pytest.approx(24, abs=0.1))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert plan.this_machine() == Machine(2, pytest.approx(80, abs=0.5))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert plan.this_machine().gpus == 0
+
+
+@pytest.mark.parametrize(("size", "billions"), [("0.5B", 0.49), ("1.5B", 1.54), ("3B", 3.09), ("7B", 7.61)])
+def test_parameter_counts_are_the_published_ones(size, billions):
+    # The model cards of Qwen2.5.
+    assert QWEN[size].parameters / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_the_shape_of_a_local_model():
+    assert model_shape("tiny_base").parameters == pytest.approx(load_model("tiny_base").num_parameters(), rel=0.01)
+    assert model_shape("somebody/else") is None
+    assert "not estimated" in str(planned(TINY, 0, 0, "--model_name_or_path", "somebody/else"))
+
+
+@pytest.mark.parametrize(("gpus", "gigabytes"), [(None, 120), (64, 1.9)])
+def test_optimizer_states_as_in_the_zero_paper(gpus, gigabytes):
+    # Rajbhandari et al., arXiv:1910.02054, figure 1: 7.5B parameters, mixed-precision Adam, without ZeRO and with all stages on 64.
+    assert sum(state_bytes(7.5e9, 2, gpus or 1).values()) / 1e9 == pytest.approx(gigabytes, rel=0.02)
+
+
+def test_published_runs_fit_their_gpus():
+    # The tutorial: 3B on 4x H100 80 GB. nano-aha-moment: 3B in full on one 80 GB card beside vLLM.
+    assert sum(estimate_memory(load_recipe(ORIGINAL), 3, 80).values()) < 80
+    planned(RECIPES / "grpo-qwen-2.5-3b-base-1gpu.yaml", 1)
+
+
+def test_keys_and_values_of_a_token():
+    # Qwen2.5-3B: 36 layers, 2 heads of 128 for keys and values, 16 bit: 36,864 bytes.
+    memory = estimate_memory(load_recipe(RECIPES / "grpo-qwen-2.5-3b-qlora.yaml"), 1, 24)
+    assert memory["KV cache"] * GIB == 256 * 1280 * 36_864  # the evaluation samples the most at once
+
+
+def test_planning_imports_no_ml_library():
+    code = (
+        "import sys; from mini_r1 import plan, doctor, vllm_server; from mini_r1.recipe import load_recipe;"
+        f"plan.make_plan(load_recipe({str(ORIGINAL)!r}), plan.Machine(4, 80.0));"
+        "assert not {'torch', 'transformers', 'datasets', 'trl'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

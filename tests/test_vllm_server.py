@@ -1,0 +1,95 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mini_r1 import vllm_server
+from mini_r1.recipe import load_recipe
+from mini_r1.vllm_server import ServerDied, VLLMServer, take_last_gpu
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+TINY = RECIPES / "tiny-cpu.yaml"
+# Stands in for vLLM's process tree: a child of its own, and neither ends on SIGTERM.
+STUBBORN = (
+    "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+    "child = subprocess.Popen(['sleep', '600']); print(child.pid, flush=True); time.sleep(600)"
+)
+
+
+def start_keeper(tmp_path, *command):
+    return subprocess.Popen([sys.executable, "-m", "mini_r1.vllm_server", str(tmp_path / "log"), *command], stdin=subprocess.PIPE)
+
+
+def wait_for(condition, seconds=15):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def alive(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_server_and_its_children_end_with_the_trainer(tmp_path):
+    keeper = start_keeper(tmp_path, sys.executable, "-c", STUBBORN)
+    child = int(wait_for(lambda: (tmp_path / "log").exists() and (tmp_path / "log").read_text().strip()))
+    assert alive(child)
+    keeper.stdin.close()  # what the kernel does when the trainer dies
+    keeper.wait(15)
+    wait_for(lambda: not alive(child))
+
+
+def test_signals_to_the_keeper_do_not_orphan_the_server(tmp_path):
+    keeper = start_keeper(tmp_path, "sleep", "600")
+    wait_for(lambda: (tmp_path / "log").exists())
+    time.sleep(0.5)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(keeper.pid, number)
+    time.sleep(0.5)
+    assert keeper.poll() is None
+    keeper.stdin.close()
+    keeper.wait(15)
+
+
+def test_the_end_of_the_server_ends_the_keeper_with_its_exit_code(tmp_path):
+    keeper = start_keeper(tmp_path, "sh", "-c", "echo last words; exit 7")
+    assert keeper.wait(15) == 7
+    assert (tmp_path / "log").read_text() == "last words\n"
+
+
+def test_a_server_that_does_not_start_is_reported_with_its_log(tmp_path):
+    recipe = load_recipe(TINY, ["--model_name_or_path", "/no/such/model", "--output_dir", str(tmp_path)])
+    server = VLLMServer(recipe, None)
+    with pytest.raises(ServerDied, match=r"ended before it was ready; the last lines of .*vllm.log:\n"):
+        server.start()
+
+
+def test_the_server_sees_its_gpu_and_nothing_of_the_launcher(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    server = VLLMServer(load_recipe(RECIPES / "grpo-qwen-2.5-3b-deepseek-r1-countdown.yaml"), "3")
+    assert server._env["CUDA_VISIBLE_DEVICES"] == "3"
+    assert server._env["VLLM_SERVER_DEV_MODE"] == "1"
+    assert not {"RANK", "WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED"} & server._env.keys()
+    command = " ".join(server._command)
+    assert "--model Qwen/Qwen2.5-3B-Instruct --revision main --host 127.0.0.1" in command
+    assert f"--port {server.url.rpartition(':')[2]} --max-model-len 1280 --dtype bfloat16" in command
+    assert '--weight-transfer-config {"backend": "nccl"} --logprobs-mode processed_logprobs --max-logprobs -1' in command
+    assert str(server.group_port) not in server.url
+
+
+def test_the_last_gpu_is_hidden_from_the_training(monkeypatch):
+    monkeypatch.setattr(vllm_server, "visible_gpus", lambda: ["2", "5", "7"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+    assert take_last_gpu() == "7"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,5"

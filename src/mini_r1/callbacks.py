@@ -1,4 +1,4 @@
-"""What happens beside the training loop: samples, the progress bar, scheduled evaluation, checkpoint markers, the clock.
+"""What happens beside the training loop: samples, the progress bar, scheduled evaluation, checkpoint markers, pausing, the clock.
 
 Everything here uses the public hooks of TRL and transformers: reward functions, `log_metric` and `TrainerCallback`.
 """
@@ -7,6 +7,7 @@ import functools
 import inspect
 import json
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from transformers.trainer_callback import ExportableState
 
 from mini_r1.behaviors import behavior, summarize_behaviors
 from mini_r1.countdown.puzzles import uniform_hash
-from mini_r1.model import COMPLETE_MARKER
+from mini_r1.model import COMPLETE_MARKER, STOP_FILE
 from mini_r1.rewards import RewardFunction, completion_text
 
 # The share of completions that `samples/` keeps: the original's.
@@ -174,6 +175,36 @@ class CheckpointMarker(TrainerCallback):
             torch.distributed.barrier()
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_MARKER).touch()
+
+
+class PauseOnRequest(TrainerCallback):
+    """Saves and stops, on all ranks at the same step, after a signal to any of them or once a STOP file is in the run folder.
+
+    That is the next step after which a checkpoint can be continued exactly: not amid the steps that share one generation. The
+    signals are only noted, so that a save or a collective under way is not torn; SIGKILL remains for the impatient.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, run_dir: Path):
+        self.paused = False
+        self._stop_file = run_dir / STOP_FILE
+        self._requested = False
+        for number in self.SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, *_: Any) -> None:
+        self._requested = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        requested = self._requested or (state.is_world_process_zero and self._stop_file.exists())
+        if torch.distributed.is_initialized():
+            anywhere = torch.tensor(float(requested), device=args.device)
+            torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
+            requested = bool(anywhere.item())
+        window = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
+        if requested and (window < 1 or state.global_step % window == 0) and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = self.paused = True
 
 
 class TrainClock(TrainerCallback, ExportableState):

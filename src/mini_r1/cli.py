@@ -100,12 +100,14 @@ def _machine(args: argparse.Namespace) -> "Machine":
 def _run(recipe: "Recipe") -> None:
     """Train in this process. What is cheap to check is checked before the slow imports, and before CUDA counts the GPUs."""
     from mini_r1.doctor import first_problem
+    from mini_r1.model import STOP_FILE
     from mini_r1.plan import check_processes, owns_server
     from mini_r1.vllm_server import take_last_gpu
 
     check_processes(recipe, int(os.environ.get("WORLD_SIZE", 1)))
     if os.environ.get("RANK", "0") == "0":
         first_problem(recipe)
+        (recipe.run_dir / STOP_FILE).unlink(missing_ok=True)  # of an earlier attempt; from here on one is meant for this
     server_gpu = take_last_gpu() if owns_server(recipe) and not recipe.training.get("use_cpu") else None
     from mini_r1.train import run
 
@@ -128,6 +130,16 @@ def evaluate(args: argparse.Namespace) -> None:
 
         write_json(Path(args.json), result)
     print(json.dumps(result, indent=2))
+
+
+def pause(args: argparse.Namespace) -> None:
+    from mini_r1.model import STOP_FILE
+
+    run_dir = Path(args.run)
+    if not (run_dir / "recipe.yaml").is_file():
+        raise InputError(f"{run_dir}: no run; want a folder such as runs/tiny-cpu")
+    (run_dir / STOP_FILE).touch()
+    print(f"if it is running, {run_dir} will save and stop after its next step; the command that started it goes on from there")
 
 
 def solve(args: argparse.Namespace) -> None:
@@ -209,6 +221,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=float, help="sampling temperature (default: the recipe's)")
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     command.add_argument("--json", metavar="FILE", help="write the result here, too")
+
+    command = _command(commands, "pause", pause, "ask a running training to save and stop")
+    command.add_argument("run", metavar="RUN", help="its run folder")
 
     command = _command(commands, "solve", solve, "solve a puzzle exactly")
     command.add_argument("nums", type=int, nargs="+", help="two to six numbers")

@@ -25,7 +25,7 @@ from mini_r1.plan import Machine, make_plan
 from mini_r1.recipe import Recipe, load_recipe
 
 # Keys that may change when a run is continued: they do not touch what the earlier steps computed.
-CONTINUABLE_KEYS = {"max_steps", "num_train_epochs", "report_to", "push_to_hub"}
+CONTINUABLE_KEYS = {"max_steps", "num_train_epochs", "report_to", "push_to_hub", "vllm_group_port", "output_dir"}
 CONTINUABLE_PREFIXES = ("save_", "logging_", "log_", "hub_", "num_eval_", "eval_", "vllm_server_")
 HUB_TIMEOUT = 1.0  # seconds; a mistake is told at once or later
 # Which package a key of a recipe needs.

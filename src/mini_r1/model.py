@@ -8,6 +8,8 @@ from mini_r1 import InputError
 EMBEDDED_BASES = ("tiny_base", "tiny_base_hard")  # folders of this package; mini_r1.cold_start makes them
 # Written into a checkpoint once every rank has finished its part: without it the checkpoint was torn by a kill.
 COMPLETE_MARKER = "complete"
+STOP_FILE = "STOP"  # in a run folder: asks the run to save and stop; see callbacks.PauseOnRequest
+PAUSED_MARKER = "PAUSED"  # in a run folder: it did; holds the step
 
 
 def model_path(name: str) -> str:

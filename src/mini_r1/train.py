@@ -4,7 +4,8 @@
     accelerate launch --config_file configs/accelerate_configs/ddp.yaml scripts/run_r1_grpo.py --config RECIPE
 
 A run is a folder and continues by itself: the same command again resumes from the last complete checkpoint, and says so when
-there is nothing left to do. Left out on purpose: any trainer, loss or sampler of our own.
+there is nothing left to do. `mini-r1 pause RUN`, SIGTERM and SIGUSR1 make it save and stop. Left out on purpose: any trainer, loss
+or sampler of our own.
 """
 
 import importlib.util
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from mini_r1 import InputError
 from mini_r1.callbacks import (
     CheckpointMarker,
     HeldOutEvaluation,
+    PauseOnRequest,
     Progress,
     RolloutRecorder,
     TrainClock,
@@ -39,7 +41,16 @@ from mini_r1.countdown.puzzles import Puzzle
 from mini_r1.data import load_split, prompt_dataset
 from mini_r1.evaluate import heldout_puzzles, progress_bar, sample_batches, summarize
 from mini_r1.manifest import build_manifest, write_json, write_text
-from mini_r1.model import checkpoint_step, checkpoints, last_complete_checkpoint, load_tokenizer, model_error, model_path
+from mini_r1.model import (
+    PAUSED_MARKER,
+    STOP_FILE,
+    checkpoint_step,
+    checkpoints,
+    last_complete_checkpoint,
+    load_tokenizer,
+    model_error,
+    model_path,
+)
 from mini_r1.plan import SERVER_HOST, owns_server
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import Recipe
@@ -88,32 +99,51 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> dict[str, Any]:
     def evaluate(name: str) -> dict[str, Any]:
         return _evaluate(trainer, recipe, tokenizer, heldout, run_dir / "eval" / f"{name}.json")
 
-    clock = TrainClock()
+    clock, pause = TrainClock(), PauseOnRequest(run_dir)
     trainer.add_callback(clock)
+    trainer.add_callback(pause)
     trainer.add_callback(HeldOutEvaluation(eval_every, evaluate, trainer.log))
     trainer.add_callback(Progress())
     trainer.add_callback(CheckpointMarker())
 
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model(str(run_dir))
-    trainer.save_state()  # trainer_state.json: every logged scalar
     if server:
         server.stop()
-    after = evaluate("after")
     summary = {}
-    if is_main:
-        tokenizer.save_pretrained(run_dir)
-        summary = _sum_up(run_dir, after, trainer.state.global_step, clock.train_seconds)
-        trainer.create_model_card(dataset_name=recipe.task.dataset_id_or_path)
-        print(describe(summary))
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    if pause.paused:
+        if is_main:
+            (run_dir / STOP_FILE).unlink(missing_ok=True)
+            write_text(run_dir / PAUSED_MARKER, f"{trainer.state.global_step}\n")
+            print(
+                f"paused after step {trainer.state.global_step} of {trainer.state.max_steps}; the same command goes on from there"
+            )
+    else:
+        summary = _finish(trainer, recipe, tokenizer, evaluate, clock)
     # Without this, two of five ZeRO-3 runs abort at exit after their success.
     trainer.accelerator.wait_for_everyone()
     if args.use_vllm and args.vllm_mode == "colocate":
         # At exit, when it would end by itself, the process group it uses is gone.
         trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
     trainer.accelerator.end_training()
+    return summary
+
+
+def _finish(
+    trainer: GRPOTrainer, recipe: Recipe, tokenizer: Any, evaluate: Callable[[str], dict[str, Any]], clock: TrainClock
+) -> dict[str, Any]:
+    """Save the trained model, evaluate it and sum up; the summary is the main process's."""
+    run_dir = recipe.run_dir
+    trainer.save_model(str(run_dir))
+    trainer.save_state()  # trainer_state.json: every logged scalar
+    after = evaluate("after")
+    summary = {}
+    if trainer.accelerator.is_main_process:
+        tokenizer.save_pretrained(run_dir)
+        summary = _sum_up(run_dir, after, trainer.state.global_step, clock.train_seconds)
+        trainer.create_model_card(dataset_name=recipe.task.dataset_id_or_path)
+        print(describe(summary))
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
     return summary
 
 
@@ -229,6 +259,7 @@ def _checkpoint_to_resume(run_dir: Path, is_main: bool) -> Path | None:
 
 def _open_run(recipe: Recipe, trainer: GRPOTrainer, data: dict[str, Any], resumed: Path | None) -> None:
     run_dir = recipe.run_dir
+    (run_dir / PAUSED_MARKER).unlink(missing_ok=True)
     write_text(run_dir / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
     name = recipe.model["model_name_or_path"]
     revision = getattr(trainer.model.config, "_commit_hash", None)

@@ -24,6 +24,7 @@ SHORT = {
     "max_steps": 6,
     "save_steps": 2,
     "per_device_train_batch_size": 16,
+    "gradient_accumulation_steps": 2,
     "steps_per_generation": 4,  # two optimizer steps
     "num_generations": 4,
     "max_completion_length": 40,
@@ -42,6 +43,14 @@ def command(output_dir, **changes):
 
 def train(output_dir, **changes):
     return subprocess.run(command(output_dir, **changes), capture_output=True, text=True, timeout=300)
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +106,7 @@ def test_eval_of_the_run_repeats_its_after_json(straight):
 def test_kill_9_loses_nothing(straight, tmp_path):
     run_dir = tmp_path / "killed"
     process = subprocess.Popen(command(run_dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 200
-    while not (run_dir / "checkpoint-2" / COMPLETE_MARKER).exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_for(lambda: (run_dir / "checkpoint-2" / COMPLETE_MARKER).exists(), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (run_dir / "summary.json").exists()
@@ -118,6 +123,30 @@ def test_kill_9_loses_nothing(straight, tmp_path):
         assert (run_dir / name).read_bytes() == (straight[0] / name).read_bytes(), name
     results = [json.loads((folder / "eval" / "after.json").read_text()) for folder in (run_dir, straight[0])]
     assert results[0]["success"] == results[1]["success"]
+
+
+@pytest.mark.parametrize("request_by", ["mini-r1 pause", signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_pauses_on_request_and_goes_on_as_if_it_had_not(straight, tmp_path, request_by):
+    run_dir = tmp_path / "paused"
+    process = subprocess.Popen(command(run_dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (run_dir / "eval" / "before.json").exists(), process)
+    if isinstance(request_by, str):
+        subprocess.run([sys.executable, "-m", "mini_r1", "pause", str(run_dir)], check=True, capture_output=True)
+    else:
+        process.send_signal(request_by)
+    printed, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    assert "paused after step 2 of 6; the same command goes on from there" in printed  # the first that ends a generation
+    assert (run_dir / "PAUSED").read_text() == "2\n"
+    assert not (run_dir / "STOP").exists()
+    assert not (run_dir / "summary.json").exists()
+
+    done = train(run_dir)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming from {run_dir / 'checkpoint-2'}" in done.stdout
+    assert not (run_dir / "PAUSED").exists()
+    for name in ("model.safetensors", *(f"samples/{name}" for name in RolloutRecorder.FILES)):
+        assert (run_dir / name).read_bytes() == (straight[0] / name).read_bytes(), name
 
 
 def test_a_finished_run_is_not_run_again(straight):

@@ -82,6 +82,18 @@ def test_colocated_vllm_follows_the_weights(tmp_path, processes):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+def test_a_resumed_run_generates_with_its_own_weights(tmp_path):
+    for steps in (4, 6):
+        done = subprocess.run(
+            command(tmp_path / "run", max_steps=steps), capture_output=True, text=True, timeout=400, env=environment()
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming from" in done.stdout
+    differences = logp_differences(tmp_path / "run")
+    assert len(differences) == 6
+    assert max(differences) < 0.01  # with the base's weights it would be far above: see the next test
+
+
 def test_the_alarm_for_stale_weights_works(tmp_path):
     done = subprocess.run(
         command(tmp_path / "run", "--stale-weights"), capture_output=True, text=True, timeout=400, env=environment()

@@ -6,6 +6,9 @@ Exit codes: 0 done, 1 failed, 2 bad input (one clear line, no traceback).
 import argparse
 import json
 import os
+import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
-    if rest and args.command is not train:
+    if rest and args.command not in (train, slurm):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     args.overrides = rest
     return exit_code(lambda: args.command(args))
@@ -132,6 +135,22 @@ def evaluate(args: argparse.Namespace) -> None:
     print(json.dumps(result, indent=2))
 
 
+def slurm(args: argparse.Namespace) -> None:
+    from mini_r1.plan import ROOT, Machine
+    from mini_r1.recipe import load_recipe
+    from mini_r1.slurm import plan_job, submit_command
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    job = plan_job(recipe, args.nodes, Machine(args.gpus_per_node, args.gpu_memory))
+    command = submit_command(recipe, args.nodes, args.gpus_per_node, args.time)
+    print(f"{job}\nsubmit      {shlex.join(command)}", flush=True)
+    if args.dry_run:
+        return
+    if shutil.which("sbatch") is None:
+        raise InputError("sbatch: not here; run this on a login node of the cluster, or add --dry-run")
+    sys.exit(subprocess.run(command, cwd=ROOT).returncode)
+
+
 def pause(args: argparse.Namespace) -> None:
     from mini_r1.model import STOP_FILE
 
@@ -221,6 +240,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=float, help="sampling temperature (default: the recipe's)")
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     command.add_argument("--json", metavar="FILE", help="write the result here, too")
+
+    command = _command(commands, "slurm", slurm, "train a recipe on a SLURM cluster")
+    command.add_argument("recipe", help="a YAML recipe; any of its keys can be overridden with --key value")
+    command.add_argument(
+        "--nodes", type=_positive, default=1, help="with vllm_mode: server, the last of several serves (default: 1)"
+    )
+    command.add_argument("--gpus-per-node", type=int, default=0, help="default: 0")
+    command.add_argument("--gpu-memory", type=float, metavar="GB", default=80.0, help="of each GPU, for the check (default: 80)")
+    command.add_argument("--time", metavar="LIMIT", help="of sbatch; account, partition and the like come from SBATCH_* variables")
+    command.add_argument("--dry-run", action="store_true", help="only check and show the job; needs no SLURM")
 
     command = _command(commands, "pause", pause, "ask a running training to save and stop")
     command.add_argument("run", metavar="RUN", help="its run folder")

@@ -243,10 +243,13 @@ def server_address(recipe: Recipe) -> str | None:
     return None
 
 
-def server_command(recipe: Recipe, port: int | str) -> list[str]:
+def server_command(recipe: Recipe, port: int | str, host: str = SERVER_HOST, replicas: int = 1) -> list[str]:
     """The vLLM server that a recipe needs, as arguments of a Python interpreter.
 
     It is the module that `vllm serve` runs; the command itself is missing from the CPU builds.
+
+    Args:
+        replicas: GPUs, each with the whole model.
     """
     get = _getter(recipe)
     length = get("vllm_max_model_length") or recipe.task.max_prompt_length + recipe.training["max_completion_length"]
@@ -255,8 +258,9 @@ def server_command(recipe: Recipe, port: int | str) -> list[str]:
     return [
         *("-m", "vllm.entrypoints.openai.api_server", "--model", model_path(recipe.model["model_name_or_path"])),
         *(("--revision", revision) if revision else ()),
-        *("--host", SERVER_HOST, "--port", str(port), "--max-model-len", str(length), "--dtype", get("dtype")),
+        *("--host", host, "--port", str(port), "--max-model-len", str(length), "--dtype", get("dtype")),
         *("--gpu-memory-utilization", str(utilization), "--seed", str(get("seed")), "--disable-uvicorn-access-log"),
+        *(("--data-parallel-size", str(replicas)) if replicas > 1 else ()),
         # What TRL needs: weights over NCCL, log-probabilities of the sampled distribution.
         *("--weight-transfer-config", '{"backend": "nccl"}', "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"),
     ]

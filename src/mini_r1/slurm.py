@@ -1,0 +1,286 @@
+"""A recipe as a SLURM job: which nodes train and which one serves, their steps, pausing in time, requeueing.
+
+`scripts/slurm/train.sbatch` becomes this process, on the first node of the job. It starts the steps with srun, watches them, and
+passes on the request to pause: SLURM's USR1 before the time limit, or TERM, becomes a STOP file in the run folder, since a signal
+to a launcher would reach its processes as their end. The trainer saves, leaves a PAUSED marker and ends; then the job is requeued,
+and the same command resumes.
+
+    sbatch --nodes=3 --gpus-per-node=8 --time=24:00:00 scripts/slurm/train.sbatch RECIPE [--key value ...]
+    mini-r1 slurm RECIPE --nodes 3 --gpus-per-node 8 --gpu-memory 80 --dry-run      # plan and check it, without SLURM
+"""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mini_r1 import InputError
+from mini_r1.manifest import write_text
+from mini_r1.model import PAUSED_MARKER, STOP_FILE
+from mini_r1.plan import (
+    LAUNCH_CONFIGS,
+    ROOT,
+    TRAINING_SCRIPT,
+    Machine,
+    check_batch,
+    completions_per_step,
+    make_plan,
+    owns_server,
+    server_command,
+)
+from mini_r1.recipe import Recipe, load_recipe
+
+MAX_REQUEUES = 100  # a job that always pauses at once would go on for ever
+SERVER_READY_TIMEOUT = 900.0  # seconds
+STOP_GRACE = 240.0  # seconds from a dead server to the end of a trainer that has not saved by then
+POLL_INTERVAL = 0.5  # seconds
+SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """How a recipe is laid out over nodes.
+
+    Attributes:
+        training_nodes: the first so many nodes train.
+        served: whether the last node holds a vLLM server of the job's own.
+        processes_per_node: training processes on each training node.
+        launcher: the accelerate config, None for a single process.
+    """
+
+    recipe: Recipe
+    training_nodes: int
+    served: bool
+    processes_per_node: int
+    launcher: str | None
+
+    @property
+    def processes(self) -> int:
+        return self.training_nodes * self.processes_per_node
+
+    def __str__(self) -> str:
+        completions, group = completions_per_step(self.recipe, self.processes), self.recipe.training.get("num_generations", 8)
+        names = [f"NODE{number}" for number in range(1, self.training_nodes + 1)]
+        lines = {
+            "nodes": f"{self.training_nodes} to train, {self.processes_per_node} processes on each"
+            + (", 1 more for vLLM, the last" if self.served else ""),
+            "batch": f"{completions} completions per optimizer step, {completions / group:g} prompts x {group}",
+            "training": self.train_command(names, 20_000, list(self.recipe.overrides), Path("LOGS")),
+        }
+        if self.served:
+            lines["server"] = shlex.join(["python", *server_command(self.recipe, 20_001, "LAST", self.processes_per_node)])
+        return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
+
+    def train_command(self, nodes: list[str], port: int, overrides: list[str], log_dir: Path) -> str:
+        """A line for bash on every training node, where SLURM_PROCID is the node's rank."""
+        script = [str(ROOT / TRAINING_SCRIPT), "--config", str(self.recipe.path), *overrides]
+        if self.launcher is None:
+            return f"exec {shlex.join([sys.executable, *script])}"
+        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+        launch += [
+            "--config_file",
+            str(ROOT / LAUNCH_CONFIGS / f"{self.launcher}.yaml"),
+            "--num_machines",
+            str(self.training_nodes),
+        ]
+        launch += ["--num_processes", str(self.processes), "--main_process_ip", nodes[0], "--main_process_port", str(port)]
+        launch += ["--rdzv_backend", "static", "--tee", "3"]
+        of_this_node = f'--log_dir {shlex.quote(str(log_dir))}/node"$SLURM_PROCID" --machine_rank "$SLURM_PROCID"'
+        return f"exec {shlex.join(launch)} {of_this_node} {shlex.join(script)}"
+
+
+def plan_job(recipe: Recipe, nodes: int, machine: Machine) -> JobPlan:
+    """Lay a recipe out over nodes that are all like `machine`.
+
+    Raises:
+        InputError: it cannot work; the message says which change would make it work.
+    """
+    on_cpu = bool(recipe.training.get("use_cpu"))
+    if nodes == 1:
+        plan = make_plan(recipe, machine)
+        return JobPlan(recipe, 1, False, plan.processes, plan.launcher)
+    served = owns_server(recipe)
+    training_nodes = nodes - served
+    per_node = 1 if on_cpu else machine.gpus
+    if per_node < 1:
+        raise recipe.error("use_cpu: no GPUs on the nodes; give --gpus-per-node, or train a recipe with use_cpu: true")
+    processes = training_nodes * per_node
+    check_batch(recipe, processes)
+    sharded = "ddp" if recipe.model.get("use_peft") else "deepspeed_zero3"
+    launcher = None if processes == 1 else "cpu" if on_cpu else sharded
+    return JobPlan(recipe, training_nodes, served, per_node, launcher)
+
+
+def submit_command(recipe: Recipe, nodes: int, gpus_per_node: int, time_limit: str | None) -> list[str]:
+    """The sbatch line for the wrapper script, in the root of the checkout."""
+    options = [f"--nodes={nodes}", *([f"--gpus-per-node={gpus_per_node}"] if gpus_per_node else [])]
+    options += [f"--time={time_limit}"] if time_limit else []
+    return ["sbatch", *options, "scripts/slurm/train.sbatch", os.path.relpath(recipe.path, ROOT), *recipe.overrides]
+
+
+# ---- In the job -------------------------------------------------------------------------------------------------------------
+
+
+class Job:
+    """This job, as the environment that SLURM sets describes it."""
+
+    def __init__(self, recipe: Recipe, env: Mapping[str, str] = os.environ):
+        self.recipe, self.run_dir = recipe, recipe.run_dir.absolute()
+        self.id, self.attempt = env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT", 0))
+        array = env.get("SLURM_ARRAY_JOB_ID")
+        # The id to requeue: that of an array alone would requeue all its elements.
+        self.requeue_id = f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else self.id
+        self.nodes = _output("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]).split()
+        self.gpus_per_node = int(env.get("SLURM_GPUS_ON_NODE", 0))
+        self.logs = self.run_dir / "logs" / f"{self.id}.{self.attempt}"
+        # Ports that jobs and attempts side by side on a node do not share.
+        self.port = 20_000 + (int(self.id) * 7 + self.attempt) % 10_000
+        self.why: str | None = None
+        self.step_before = self._paused_step() or 0
+
+    def run(self) -> int:
+        """Run the recipe in this allocation and return the exit code; after a pause the job is requeued and does not return."""
+        plan = plan_job(self.recipe, len(self.nodes), Machine(self.gpus_per_node, float("inf") if self.gpus_per_node else 0.0))
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self._capture()
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        (self.run_dir / STOP_FILE).unlink(missing_ok=True)
+        training, server_node = self.nodes[: plan.training_nodes], self.nodes[-1] if plan.served else None
+        self.say(f"training on {', '.join(training)}" + (f", vLLM on {server_node}" if server_node else ""))
+        overrides = [*self.recipe.overrides, "--output_dir", str(self.run_dir)]
+        server = None
+        if server_node:
+            server = self._start_server(server_node, plan.processes_per_node)
+            overrides += [
+                "--vllm_server_base_url",
+                f"http://{server_node}:{self.port + 1}",
+                "--vllm_group_port",
+                str(self.port + 2),
+            ]
+        command = plan.train_command(training, self.port, overrides, self.logs / "ranks")
+        trainer = self._srun(training, "train", ["bash", "-c", command])
+        code = self._watch(trainer, server)
+        if server and server.poll() is None:
+            server.terminate()
+            server.wait()
+        return self._requeue_or(code)
+
+    def say(self, text: str) -> None:
+        print(f"[{time.strftime('%H:%M:%S')} job {self.id} attempt {self.attempt}] {text}", flush=True)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self._stop(signal.Signals(number).name)
+
+    def _stop(self, why: str) -> None:
+        self.why = self.why or why
+        self.say(f"{why}: asking the run to save and stop")
+        (self.run_dir / STOP_FILE).touch()
+
+    def _srun(self, nodes: list[str], name: str, command: list[str], **env: str) -> subprocess.Popen:
+        """A step with one task per node, its output in a file per node."""
+        options = [f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", f"--nodelist={','.join(nodes)}", "--kill-on-bad-exit=1"]
+        options += ["--wait=60", "--export=ALL", f"--output={self.logs}/{name}-%n.log"]
+        # srun does not take over --cpus-per-task (since 22.05), and a signal to this process is not meant for it.
+        cpus = {"SRUN_CPUS_PER_TASK": os.environ["SLURM_CPUS_PER_TASK"]} if "SLURM_CPUS_PER_TASK" in os.environ else {}
+        environment = {**os.environ, **cpus, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **env}
+        return subprocess.Popen(["srun", *options, *command], env=environment, start_new_session=True)
+
+    def _start_server(self, node: str, gpus: int) -> subprocess.Popen:
+        """Start vLLM on its node, on all the node's GPUs, and return once it answers.
+
+        Raises:
+            SystemExit: it did not come up.
+        """
+        command = server_command(self.recipe, self.port + 1, node, gpus)
+        python = os.environ.get("MINI_R1_SERVER_PYTHON", sys.executable)
+        server = self._srun([node], "server", [python, *command], VLLM_SERVER_DEV_MODE="1")
+        deadline = time.monotonic() + SERVER_READY_TIMEOUT
+        while not _answers(f"http://{node}:{self.port + 1}/health"):
+            if server.poll() is not None or time.monotonic() > deadline:
+                server.terminate()
+                self.say(f"the vLLM server on {node} did not come up; read {self.logs}/server-*.log")
+                sys.exit(1)
+            time.sleep(POLL_INTERVAL)
+        return server
+
+    def _watch(self, trainer: subprocess.Popen, server: subprocess.Popen | None) -> int:
+        """Wait for the trainer and return its exit code. A server that ends before it makes it save and stop."""
+        deadline = None
+        while trainer.poll() is None:
+            if server and deadline is None and server.poll() is not None:
+                # Also what a TERM to all steps looks like: the trainer may be saving already.
+                self._stop(f"the vLLM server ended with {server.returncode}")
+                deadline = time.monotonic() + STOP_GRACE
+            if deadline and time.monotonic() > deadline:
+                trainer.terminate()
+            time.sleep(POLL_INTERVAL)
+        return trainer.returncode or (1 if deadline else 0)
+
+    def _requeue_or(self, code: int) -> int:
+        """Requeue a run that has paused; whatever its exit code, since launchers make a failure of a TERM."""
+        paused, state = self._paused_step(), re.search(r"JobState=(\w+)", _output("scontrol", "show", "job", "-o", self.id))
+        self.say(f"the training ended with {code}" + (f", paused after step {paused}" if paused is not None else ""))
+        if paused is None:
+            return code
+        if state is None or state[1] != "RUNNING":
+            return code  # cancelled by its user: a requeue would bring it back
+        if paused <= self.step_before:
+            self.say(f"not requeued: no step was done since the last pause after step {self.step_before}")
+            return 1
+        if self.attempt >= MAX_REQUEUES:
+            self.say(f"not requeued: {MAX_REQUEUES} times are enough; sbatch it again to go on")
+            return 1
+        self.say("requeueing")
+        _output("scontrol", "requeue", self.requeue_id)
+        time.sleep(60)  # SLURM ends this process
+        return 0
+
+    def _paused_step(self) -> int | None:
+        try:
+            return int((self.run_dir / PAUSED_MARKER).read_text(encoding="utf-8"))
+        except OSError:
+            return None
+
+    def _capture(self) -> None:
+        """What this attempt ran in, without its secrets."""
+        shown = (f"{key}={'<redacted>' if SECRET.search(key) else value}" for key, value in sorted(os.environ.items()))
+        write_text(self.logs / "env.txt", "\n".join([_output("scontrol", "show", "job", self.id), *shown]) + "\n")
+        latest = self.logs.with_name("latest")
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(self.logs.name)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def main(arguments: list[str]) -> int:
+    """The batch process: RECIPE [--key value ...]."""
+    try:
+        if "SLURM_JOB_ID" not in os.environ or not arguments:
+            raise InputError("not in a SLURM job; use sbatch scripts/slurm/train.sbatch RECIPE, or mini-r1 slurm RECIPE --dry-run")
+        return Job(load_recipe(arguments[0], arguments[1:])).run()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,93 @@
+from pathlib import Path
+
+import pytest
+
+from mini_r1 import InputError, slurm
+from mini_r1.cli import main
+from mini_r1.plan import Machine
+from mini_r1.recipe import load_recipe
+from mini_r1.slurm import SECRET, Job, plan_job
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+EIGHT = RECIPES / "grpo-qwen-2.5-3b-8gpu.yaml"
+GPUS = Machine(8, 80.0)
+
+
+def planned(recipe, nodes, machine, *overrides):
+    return plan_job(load_recipe(recipe, overrides), nodes, machine)
+
+
+def test_the_last_of_several_nodes_serves():
+    job = planned(EIGHT, 3, GPUS)
+    assert (job.training_nodes, job.served, job.processes, job.launcher) == (2, True, 16, "deepspeed_zero3")
+    assert "1024 completions per optimizer step" in str(job)
+    assert "--host LAST" in str(job)
+    assert "--data-parallel-size 8" in str(job)
+
+
+def test_one_node_is_planned_as_mini_r1_train_does():
+    job = planned(EIGHT, 1, GPUS)
+    assert (job.training_nodes, job.served, job.processes) == (1, False, 7)
+
+
+@pytest.mark.parametrize("changes", [["--vllm_mode", "colocate"], ["--vllm_server_base_url", "http://elsewhere:8000"]])
+def test_without_a_server_of_its_own_all_nodes_train(changes):
+    job = planned(EIGHT, 3, GPUS, *changes)
+    assert (job.training_nodes, job.served, job.processes) == (3, False, 24)
+
+
+def test_adapters_are_copied_to_all_nodes():
+    assert planned(RECIPES / "grpo-qwen-2.5-3b-qlora.yaml", 2, Machine(4, 24.0)).launcher == "ddp"
+
+
+def test_the_rank_of_a_node_is_read_on_the_node():
+    # Expanded in the batch shell it would be 0 everywhere.
+    line = planned(EIGHT, 3, GPUS).train_command(["a", "b"], 20_000, [], Path("/logs with spaces"))
+    assert '--machine_rank "$SLURM_PROCID"' in line
+    assert "'/logs with spaces'/node\"$SLURM_PROCID\"" in line
+    assert "--main_process_ip a " in line
+
+
+@pytest.mark.parametrize(
+    ("recipe", "nodes", "machine", "overrides", "message"),
+    [
+        (EIGHT, 2, Machine(0), [], "no GPUs on the nodes"),
+        (EIGHT, 1, Machine(1, 80.0), [], "server needs a GPU of its own"),
+        (EIGHT, 3, GPUS, ["--generation_batch_size", "100"], "generation_batch_size: 100 is no multiple of the 128 completions"),
+    ],
+)
+def test_what_cannot_work_is_refused(recipe, nodes, machine, overrides, message):
+    with pytest.raises(InputError, match=message):
+        planned(recipe, nodes, machine, *overrides)
+
+
+def test_an_array_element_is_requeued_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(slurm, "_output", lambda *command: "node1\n")
+    env = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "node1", "SLURM_RESTART_COUNT": "2"}
+    recipe = load_recipe(RECIPES / "tiny-cpu.yaml", ["--output_dir", str(tmp_path)])
+    assert Job(recipe, env).requeue_id == "12"
+    job = Job(recipe, env | {"SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "3"})
+    assert job.requeue_id == "10_3"
+    assert job.logs.name == "12.2"
+
+
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "db_password", "GOOGLE_APPLICATION_CREDENTIALS"]
+)
+def test_secrets_are_recognized(name):
+    assert SECRET.search(name)
+
+
+def test_outside_of_a_job_it_says_what_to_do(capsys, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert slurm.main([str(EIGHT)]) == 2
+    assert "not in a SLURM job; use sbatch" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_job(capsys):
+    assert main(["slurm", str(EIGHT), "--nodes", "3", "--gpus-per-node", "8", "--time", "1:00:00", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 to train, 8 processes on each, 1 more for vLLM, the last" in printed
+    assert (
+        "sbatch --nodes=3 --gpus-per-node=8 --time=1:00:00 scripts/slurm/train.sbatch recipes/grpo-qwen-2.5-3b-8gpu.yaml" in printed
+    )

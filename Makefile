@@ -3,7 +3,7 @@ RECIPE ?= recipes/tiny-cpu.yaml
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: setup train test test-all gpu-check quality clean
+.PHONY: setup train test test-all test-slurm gpu-check quality clean
 
 setup: .venv/installed  ## make .venv with the tested versions
 
@@ -27,6 +27,11 @@ test: setup  ## all tests that this machine can run in a quarter of an hour, the
 
 test-all: setup .venv-vllm/installed  ## and those with vLLM, which needs an environment of its own (4 GB)
 	$(BIN)/python -m pytest
+
+test-slurm: setup  ## jobs on a two-node SLURM cluster that it starts here and ends (installs SLURM and munge with apt where missing)
+	command -v slurmctld munged >/dev/null || PATH=$$PATH:/usr/sbin command -v slurmctld munged >/dev/null || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge; }
+	$(BIN)/python -m pytest tests/slurm
 
 gpu-check: setup  ## GRPO on one GPU without internet: step time and memory, as JSON; a tiny shape without a GPU
 	$(BIN)/python scripts/gpu_check.py

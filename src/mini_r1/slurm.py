@@ -144,7 +144,7 @@ class Job:
         # Ports that jobs and attempts side by side on a node do not share.
         self.port = 20_000 + (int(self.id) * 7 + self.attempt) % 10_000
         self.why: str | None = None
-        self.step_before = self._paused_step() or 0
+        self.step_before = self._paused_step() or 0  # where the last attempt paused
 
     def run(self) -> int:
         """Run the recipe in this allocation and return the exit code; after a pause the job is requeued and does not return."""
@@ -222,6 +222,8 @@ class Job:
                 deadline = time.monotonic() + STOP_GRACE
             if deadline and time.monotonic() > deadline:
                 trainer.terminate()
+            if self.why and self._paused_step() in (None, self.step_before):
+                (self.run_dir / STOP_FILE).touch()  # again: a trainer that was just starting took it for an old one
             time.sleep(POLL_INTERVAL)
         return trainer.returncode or (1 if deadline else 0)
 
@@ -235,7 +237,7 @@ class Job:
             return code  # cancelled by its user: a requeue would bring it back
         if paused <= self.step_before:
             self.say(f"not requeued: no step was done since the last pause after step {self.step_before}")
-            return 1
+            return code or 1
         if self.attempt >= MAX_REQUEUES:
             self.say(f"not requeued: {MAX_REQUEUES} times are enough; sbatch it again to go on")
             return 1

@@ -23,7 +23,20 @@ def test_help_imports_no_torch():
 
 
 @pytest.mark.parametrize(
-    "command", [["train"], ["doctor"], ["eval"], ["solve"], ["data", "build"], ["data", "check"], ["sweep"], ["base", "build"]]
+    "command",
+    [
+        ["train"],
+        ["doctor"],
+        ["eval"],
+        ["play"],
+        ["pause"],
+        ["slurm"],
+        ["solve"],
+        ["data", "build"],
+        ["data", "check"],
+        ["sweep"],
+        ["base", "build"],
+    ],
 )
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:

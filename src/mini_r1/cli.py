@@ -161,6 +161,12 @@ def pause(args: argparse.Namespace) -> None:
     print(f"if it is running, {run_dir} will save and stop after its next step; the command that started it goes on from there")
 
 
+def play(args: argparse.Namespace) -> None:
+    from mini_r1.play import play as play_puzzle
+
+    play_puzzle(args.model, args.nums, args.target, args.compare, args.temperature, args.seed)
+
+
 def solve(args: argparse.Namespace) -> None:
     from mini_r1.countdown.solver import difficulty
     from mini_r1.countdown.solver import solve as solve_puzzle
@@ -253,6 +259,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "pause", pause, "ask a running training to save and stop")
     command.add_argument("run", metavar="RUN", help="its run folder")
+
+    command = _command(commands, "play", play, "watch a model think about a puzzle, and hear the judge")
+    command.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, tiny_base, a model folder, or a hub id")
+    command.add_argument("--nums", type=int, nargs="+", help="two to six numbers (default: a held-out puzzle is dealt)")
+    command.add_argument("--target", type=int)
+    command.add_argument("--compare", action="store_true", help="beside the model that the run started from")
+    command.add_argument("--temperature", type=float, help="sampling temperature (default: the recipe's)")
+    command.add_argument("--seed", type=int, help="of dealing and sampling (default: another one every time)")
 
     command = _command(commands, "solve", solve, "solve a puzzle exactly")
     command.add_argument("nums", type=int, nargs="+", help="two to six numbers")

@@ -66,16 +66,9 @@ def evaluate_model(
     Raises:
         InputError: no such model, data or recipe, or more puzzles asked for than are held out.
     """
-    folder = Path(model_path(name))
-    own_recipe = folder / "recipe.yaml"
-    if recipe_path is None and own_recipe.is_file():
-        recipe_path = str(own_recipe)
-    recipe = load_recipe(recipe_path) if recipe_path else None
-    task = recipe.task if recipe else TaskConfig()
+    weights, task, max_completion_length = weights_and_task(name, recipe_path)
     changes = {"num_eval_puzzles": num_puzzles, "num_eval_samples": num_samples, "eval_temperature": temperature}
     task = replace(task, **{key: value for key, value in changes.items() if value is not None})
-    training = recipe.training if recipe else TRAINING_DEFAULTS
-    weights = str(run_weights(folder)) if own_recipe.is_file() else name
     tokenizer, model = load_tokenizer(weights), load_model(weights)
     puzzles = heldout_puzzles(load_split(task), task)
     with progress_bar(len(puzzles) * task.num_eval_samples, Path(name).name) as bar:
@@ -84,12 +77,30 @@ def evaluate_model(
             tokenizer,
             puzzles,
             task,
-            max_completion_length=training["max_completion_length"],
+            max_completion_length=max_completion_length,
             seed=seed,
             on_batch=bar.update,
         )
     samples = [sample for _, batch in batches for sample in batch]
-    return summarize(samples, task, max_completion_length=training["max_completion_length"], model=name, seed=seed)
+    return summarize(samples, task, max_completion_length=max_completion_length, model=name, seed=seed)
+
+
+def weights_and_task(name: str, recipe_path: str | None = None) -> tuple[str, TaskConfig, int]:
+    """What a name such as `runs/tiny-cpu` stands for: the folder or id of its weights, its task, the completions' length in tokens.
+
+    Args:
+        recipe_path: else the `recipe.yaml` beside the weights counts, else the defaults.
+
+    Raises:
+        InputError: no such recipe, or a run that has saved nothing yet.
+    """
+    folder = Path(model_path(name))
+    own_recipe = folder / "recipe.yaml"
+    if recipe_path is None and own_recipe.is_file():
+        recipe_path = str(own_recipe)
+    recipe = load_recipe(recipe_path) if recipe_path else None
+    length = (recipe.training if recipe else TRAINING_DEFAULTS)["max_completion_length"]
+    return str(run_weights(folder)) if own_recipe.is_file() else name, recipe.task if recipe else TaskConfig(), length
 
 
 def heldout_puzzles(split: Split, task: TaskConfig) -> tuple[Puzzle, ...]:
@@ -134,7 +145,7 @@ def sample_batches(
     """
     num_samples, template = task.num_eval_samples, PROMPT_TEMPLATES[task.prompt_template]
     per_batch = max(1, EVALUATION_BATCH // num_samples)
-    stop_ids = _stop_ids(model, tokenizer)
+    stops = stop_ids(model, tokenizer)
     generation = GenerationConfig(
         do_sample=True,
         temperature=task.eval_temperature,
@@ -145,7 +156,7 @@ def sample_batches(
         max_new_tokens=max_completion_length,
         num_return_sequences=num_samples,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted(stop_ids),
+        eos_token_id=sorted(stops),
     )
     batches = []
     was_training = model.training
@@ -165,7 +176,7 @@ def sample_batches(
             completions = sequences[:, inputs["input_ids"].shape[1] :].tolist()
             repeated = [puzzle for puzzle in batch for _ in range(num_samples)]
             if index == first + process:
-                batches.append((index, _judge(repeated, completions, tokenizer, stop_ids)))
+                batches.append((index, _judge(repeated, completions, tokenizer, stops)))
                 on_batch(len(completions))
     model.train(was_training)
     return batches
@@ -238,7 +249,8 @@ def _judge(puzzles: Sequence[Puzzle], completions: list[list[int]], tokenizer: A
     return [Sample(puzzle.nums, puzzle.target, *rest) for puzzle, *rest in columns]
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
+def stop_ids(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end a completion."""
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     return {token for token in [*configured, tokenizer.eos_token_id] if token is not None}

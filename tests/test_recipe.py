@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mini_r1 import InputError, recipe
-from mini_r1.recipe import TaskConfig, load_recipe
+from mini_r1.recipe import TaskConfig, load_recipe, recipe_table
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 MINIMAL = "model_name_or_path: tiny_base\n"
@@ -137,3 +137,16 @@ def test_a_misspelt_key_ends_in_seconds_with_exit_code_2(write, command):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "did you mean 'learning_rate'?" in done.stderr
+
+
+def test_the_table_of_recipes_is_the_readmes():
+    root = Path(__file__).parents[1]
+    table = recipe_table(root / "recipes")
+    assert table in (root / "README.md").read_text(encoding="utf-8")
+    assert len(table.splitlines()) == 2 + len(list((root / "recipes").glob("*.yaml")))
+    assert "| not known |" not in table.splitlines()[2]
+
+
+def test_a_folder_without_recipes(tmp_path):
+    with pytest.raises(InputError, match="no recipes here"):
+        recipe_table(tmp_path)

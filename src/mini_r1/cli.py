@@ -167,6 +167,13 @@ def play(args: argparse.Namespace) -> None:
     play_puzzle(args.model, args.nums, args.target, args.compare, args.temperature, args.seed)
 
 
+def recipes(args: argparse.Namespace) -> None:
+    from mini_r1.plan import ROOT
+    from mini_r1.recipe import recipe_table
+
+    print(recipe_table(ROOT / "recipes"))
+
+
 def solve(args: argparse.Namespace) -> None:
     from mini_r1.countdown.solver import difficulty
     from mini_r1.countdown.solver import solve as solve_puzzle
@@ -246,6 +253,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=float, help="sampling temperature (default: the recipe's)")
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     command.add_argument("--json", metavar="FILE", help="write the result here, too")
+
+    _command(commands, "recipes", recipes, "every recipe: hardware, time, expected result, measured or not")
 
     command = _command(commands, "slurm", slurm, "train a recipe on a SLURM cluster")
     command.add_argument("recipe", help="a YAML recipe; any of its keys can be overridden with --key value")

@@ -152,6 +152,29 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return Recipe(path, tuple(overrides), lines, *_resolve(path.stem, given, lines))
 
 
+CARD = ("runs on", "takes", "expect")
+
+
+def recipe_table(folder: Path) -> str:
+    """The recipes of a folder as a Markdown table; what stands in it are the lines `# runs on: ...` at the head of each file.
+
+    Raises:
+        InputError: there are none.
+    """
+    cards = []
+    for path in sorted(folder.glob("*.yaml")):
+        comments = [
+            line.removeprefix("# ").partition(": ") for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#"
+        ]
+        card = {key: value for key, _, value in comments}
+        cards.append([f"[{path.stem}](recipes/{path.name})", *(card.get(key, "not known") for key in CARD)])
+    if not cards:
+        raise InputError(f"{folder}: no recipes here; run from a clone of the repository, installed with 'make setup'")
+    # The ones that anybody can run come first.
+    cards.sort(key=lambda card: ("CPU" not in card[1], card[1], len(card[0])))
+    return "\n".join(f"| {' | '.join(row)} |" for row in [["recipe", *CARD], ["---"] * 4, *cards])
+
+
 def _refuse_old_keys(path: Path, given: Mapping[str, Any]) -> None:
     """A recipe for TRL 0.14, the tutorial's, is not translated behind its author's back: some of it means something else now."""
     old = {key: new for key, new in OLD_KEYS.items() if key in given}

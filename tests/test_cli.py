@@ -31,6 +31,8 @@ def test_help_imports_no_torch():
         ["play"],
         ["pause"],
         ["slurm"],
+        ["recipes"],
+        ["report"],
         ["solve"],
         ["data", "build"],
         ["data", "check"],

@@ -167,6 +167,15 @@ def play(args: argparse.Namespace) -> None:
     play_puzzle(args.model, args.nums, args.target, args.compare, args.temperature, args.seed)
 
 
+def report(args: argparse.Namespace) -> None:
+    from mini_r1.report import write_report
+
+    runs = [Path(run) for run in args.runs]
+    output = Path(args.output) if args.output else runs[0] / "report.html"
+    write_report(runs, output, Path(args.reference) if args.reference else None)
+    print(f"the report is {output}")
+
+
 def recipes(args: argparse.Namespace) -> None:
     from mini_r1.plan import ROOT
     from mini_r1.recipe import recipe_table
@@ -253,6 +262,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=float, help="sampling temperature (default: the recipe's)")
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     command.add_argument("--json", metavar="FILE", help="write the result here, too")
+
+    command = _command(commands, "report", report, "one HTML page about a run, or about several side by side")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, finished or not")
+    command.add_argument("--output", metavar="FILE", help="default: report.html in the (first) run's folder")
+    command.add_argument(
+        "--reference", metavar="CSV", help="a published curve to lay under the charts; columns step, success, tokens, ..."
+    )
 
     _command(commands, "recipes", recipes, "every recipe: hardware, time, expected result, measured or not")
 

@@ -54,6 +54,7 @@ from mini_r1.model import (
 from mini_r1.plan import SERVER_HOST, owns_server
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import Recipe
+from mini_r1.report import write_report
 from mini_r1.rewards import get_reward_functions
 from mini_r1.vllm_server import VLLMServer
 
@@ -141,6 +142,7 @@ def _finish(
         tokenizer.save_pretrained(run_dir)
         summary = _sum_up(run_dir, after, trainer.state.global_step, clock.train_seconds)
         trainer.create_model_card(dataset_name=recipe.task.dataset_id_or_path)
+        write_report([run_dir], run_dir / "report.html")
         print(describe(summary))
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
@@ -155,7 +157,7 @@ def describe(summary: dict[str, Any]) -> str:
         f"{high:.1%}; {summary['num_puzzles']} puzzles x {summary['num_samples']}, temperature {summary['temperature']})\n"
         f"completion tokens {summary['mean_completion_tokens_before']:.0f} -> {summary['mean_completion_tokens_after']:.0f}\n"
         f"training          {summary['steps']} steps in {summary['train_seconds'] / 60:.1f} minutes\n"
-        f"everything is in  {summary['run_dir']}: the model, eval/, samples/, tensorboard/, summary.json"
+        f"everything is in  {summary['run_dir']}: the model, report.html, eval/, samples/, tensorboard/, summary.json"
     )
 
 

@@ -1,0 +1,140 @@
+import json
+import re
+from html import unescape
+
+import pytest
+import yaml
+
+from mini_r1 import InputError
+from mini_r1.cli import main
+from mini_r1.report import CHARTS, MAX_SAMPLES, load_run, render, write_report
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\n1+1=3, 2+2=4\n</think>\n<answer>\"'&</answer>"
+
+
+def evaluation(step, success, completion="1+1=2\n</think>\n<answer>1+1</answer>"):
+    group = {"success": success, "ci95": [success - 0.1, success + 0.1], "num_puzzles": 7}
+    return {
+        "step": step,
+        "success": success,
+        "ci95": [success - 0.05, success + 0.05],
+        "pass_at": {"1": success},
+        "by_difficulty": {"plus_minus_only": {"true": group}},
+        "plus_minus_only_share": 0.34,
+        "mean_completion_tokens": 20 + step,
+        "num_puzzles": 1000,
+        "num_samples": 2,
+        "temperature": 1.0,
+        "split": "held-out, split_seed 42, test_share 0.1",
+        "rule": "every given number used exactly once, exact arithmetic",
+        "examples": [{"nums": [1, 1], "target": 2, "completion": completion, "solved": step > 0}],
+    }
+
+
+def write_samples(run_dir, samples):
+    entry = '==== step {} nums [1, 1] target 2 rewards {{"equation_reward": {}}}\n<think>\n{}\n\n'
+    (run_dir / "samples").mkdir(exist_ok=True)
+    (run_dir / "samples" / "completion_samples.txt").write_text("".join(entry.format(*sample) for sample in samples))
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    folder = tmp_path / "my <run>"
+    for name, content in (("before", evaluation(0, 0.238)), ("after", evaluation(4, 0.933, HOSTILE))):
+        (folder / "eval").mkdir(parents=True, exist_ok=True)
+        (folder / "eval" / f"{name}.json").write_text(json.dumps(content))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"model_name_or_path": "tiny_base", "max_steps": 4}))
+    (folder / "manifest.json").write_text(json.dumps({"versions": {"trl": "1.16.0"}}))
+    keys = [key for _, key in CHARTS.values()]
+    history = [{"step": step, **{key: step * (index + 1) / 100 for index, key in enumerate(keys)}} for step in range(1, 5)]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    write_samples(folder, [(step, float(step == 3), HOSTILE) for step in range(1, 5)])
+    return folder
+
+
+def text_of(page):
+    return unescape(re.sub(r"<[^>]+>", "", page))
+
+
+def test_the_numbers_are_those_of_the_records(run_dir):
+    page = render([load_run(run_dir)], {})
+    text = text_of(page)
+    assert "23.8% →" in text
+    assert "93.3%" in text
+    assert "18.8% to 28.8% → 88.3% to 98.3%" in text
+    assert "1000 puzzles × 2, temperature 1.0" in text
+    assert "34% of them need only + and −" in text
+    labels = [unescape(label) for label in re.findall(r'role="img" aria-label="([^"]+)"', page)]
+    assert len(labels) == len(CHARTS)
+    assert labels[0].startswith("Success: sampled completions that are right. my <run>: from 0.01 to 0.04, between 0.01 and 0.04;")
+    assert "held-out at step 0: 0.238" in labels[0]
+    assert "held-out at step 4: 0.933" in labels[0]
+
+
+def test_what_a_model_writes_stays_text(run_dir):
+    page = render([load_run(run_dir)], {})
+    assert "<script>alert" not in page
+    assert "<img" not in page
+    assert "my <run>" not in page
+    assert page.count("<script>") == 1
+    assert '<mark class="false">1+1=3</mark>' in page
+    assert '<mark class="true">2+2=4</mark>' in page
+
+
+def test_nothing_is_loaded_from_anywhere(run_dir):
+    page = render([load_run(run_dir)], {})
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "default-src 'none'" in page
+
+
+def test_samples_are_few_but_hold_the_first_solved_and_the_longest(run_dir):
+    write_samples(run_dir, [(step, float(step == 501), "x" * (9 if step == 777 else 5)) for step in range(1, 1001)])
+    page = render([load_run(run_dir)], {})
+    assert page.count('class="sample"') <= MAX_SAMPLES + 2
+    assert 'data-tags="solved first"' in page
+    assert 'data-tags="failed longest"' in page
+
+
+def test_runs_side_by_side_and_a_published_curve(run_dir, tmp_path):
+    reference = tmp_path / "published.csv"
+    reference.write_text("run,step,equation_reward,unknown\nmain,0,0.1,9\nmain,8,0.5,9\n")
+    output = tmp_path / "both.html"
+    assert main(["report", str(run_dir), str(run_dir), "--output", str(output), "--reference", str(reference)]) == 0
+    page = output.read_text()
+    assert page.count("<article><h2>") == 2
+    assert "published: main: from 0.1 to 0.5" in page
+    assert 'polyline class="ref"' in page
+    assert "By difficulty of my &lt;run&gt;" in page
+
+
+def test_an_unfinished_run_is_shown_as_such(run_dir):
+    (run_dir / "eval" / "after.json").unlink()
+    (run_dir / "trainer_state.json").unlink()
+    assert "Held-out success (still training)" in render([load_run(run_dir)], {})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("a,b\n1,2\n", "has no column step"),
+        ("step,b\n1,2\n", "has none of the columns"),
+        ("step,kl\n1,x\n", "cannot be read"),
+    ],
+)
+def test_a_bad_reference(run_dir, tmp_path, content, message):
+    path = tmp_path / "reference.csv"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        write_report([run_dir], tmp_path / "out.html", path)
+    assert not (tmp_path / "out.html").exists()
+
+
+def test_what_is_no_run(tmp_path, run_dir):
+    with pytest.raises(InputError, match="no run; want a folder such as"):
+        load_run(tmp_path)
+    for path in (run_dir / "eval").iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match="nothing recorded yet"):
+        load_run(run_dir)

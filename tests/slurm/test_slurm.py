@@ -229,9 +229,12 @@ def test_a_server_that_dies_lets_the_trainer_save_and_the_job_come_back(cluster,
 
 def test_a_time_limit_pauses_in_time_and_the_run_ends_as_if_there_was_none(cluster, runs, straight):
     run_dir = runs / "limited"
-    job = cluster.submit(run_dir, options=["--signal=B:USR1@60"])
+    slowly = ["--reward_funcs", "format", "equation", "tests.slurm.slow.nothing"]
+    job = cluster.submit(run_dir, *slowly, options=["--signal=B:USR1@60"])
     wait_for_checkpoint(run_dir)
-    cluster.call("scontrol", "update", f"JobId={job}", "EndTime=now+65")  # limits are whole minutes otherwise
+    cluster.call("scontrol", "update", f"JobId={job}", "EndTime=now+62")  # limits are whole minutes otherwise
+    cluster.wait(job, "PENDING", seconds=100)
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")  # the update above has shortened it for good
     assert cluster.finish(job, seconds=200) == ("COMPLETED", "0", 1), log_of(run_dir)
     assert "SIGUSR1: asking the run to save and stop" in log_of(run_dir)
     assert_same_weights(run_dir, straight)

@@ -16,8 +16,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +35,7 @@ from mini_r1.plan import (
     server_command,
 )
 from mini_r1.recipe import Recipe, load_recipe
+from mini_r1.vllm_server import answers
 
 MAX_REQUEUES = 100  # a job that always pauses at once would go on for ever
 SERVER_READY_TIMEOUT = 900.0  # seconds
@@ -204,7 +203,7 @@ class Job:
         python = os.environ.get("MINI_R1_SERVER_PYTHON", sys.executable)
         server = self._srun([node], "server", [python, *command], VLLM_SERVER_DEV_MODE="1")
         deadline = time.monotonic() + SERVER_READY_TIMEOUT
-        while not _answers(f"http://{node}:{self.port + 1}/health"):
+        while not answers(f"http://{node}:{self.port + 1}"):
             if server.poll() is not None or time.monotonic() > deadline:
                 server.terminate()
                 self.say(f"the vLLM server on {node} did not come up; read {self.logs}/server-*.log")
@@ -263,14 +262,6 @@ class Job:
 
 def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return response.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def main(arguments: list[str]) -> int:

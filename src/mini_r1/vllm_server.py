@@ -77,7 +77,7 @@ class VLLMServer:
         keeper = [sys.executable, "-m", "mini_r1.vllm_server", str(self.log), *self._command]
         self._keeper = subprocess.Popen(keeper, stdin=subprocess.PIPE, env=self._env, start_new_session=True)
         deadline = time.monotonic() + READY_TIMEOUT
-        while not self._answers():
+        while not answers(self.url):
             if self._keeper.poll() is not None:
                 raise ServerDied(self._obituary("ended before it was ready"))
             if time.monotonic() > deadline:
@@ -106,16 +106,18 @@ class VLLMServer:
             print(f"error: {self._obituary('died')}", file=sys.stderr, flush=True)
             os._exit(1)
 
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
-                return response.status == 200
-        except (urllib.error.URLError, OSError):
-            return False
-
     def _obituary(self, what: str) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []
         return "\n".join([f"the vLLM server {what}; the last lines of {self.log}:", *(f"  {line}" for line in lines[-LOG_TAIL:])])
+
+
+def answers(url: str) -> bool:
+    """Whether the server at an address says that it is ready."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
 
 
 def _free_port() -> int:

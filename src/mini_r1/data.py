@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mini_r1 import InputError
 from mini_r1.countdown.puzzles import Puzzle, generate, uniform_hash
 from mini_r1.countdown.solver import check_numbers, difficulty
+from mini_r1.model import is_local
 from mini_r1.prompts import PromptTemplate
 from mini_r1.recipe import TaskConfig
 
@@ -88,7 +89,7 @@ def load_puzzles(source: str, split: str = "train") -> list[Puzzle]:
         return [puzzle for file in files for puzzle in _puzzles(_read_file(file), str(file))]
     if path.is_file():
         return _puzzles(_read_file(path), source)
-    if path.suffix in FILE_SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") != 1:
+    if path.suffix in FILE_SUFFIXES or is_local(source):
         raise InputError(
             f"dataset_id_or_path: no file or folder '{source}'; write a path, a hub id such as owner/name, or generated"
         )

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from mini_r1 import InputError
-from mini_r1.model import EMBEDDED_BASES, model_path
+from mini_r1.model import EMBEDDED_BASES, is_local, model_path
 from mini_r1.plan import Machine, make_plan
 from mini_r1.recipe import Recipe, load_recipe
 
@@ -117,7 +117,7 @@ def _model(recipe: Recipe) -> Iterator[str]:
     if folder.is_dir():
         if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
             yield f"model_name_or_path: {folder} holds no model: no config.json in it"
-    elif _is_path(name):
+    elif is_local(name):
         yield f"model_name_or_path: no folder '{name}'; write a folder with a model, an id of the hub, or {EMBEDDED_BASES[0]}"
     else:
         yield from _on_hub(name, "model", f"write a local folder or {EMBEDDED_BASES[0]}", recipe.model.get("model_revision"))
@@ -127,14 +127,10 @@ def _data(recipe: Recipe) -> Iterator[str]:
     source = recipe.task.dataset_id_or_path
     if source == "generated" or Path(source).exists():
         return
-    if _is_path(source):
+    if is_local(source):
         yield f"dataset_id_or_path: no file or folder '{source}'; write a path, a hub id such as owner/name, or generated"
     else:
         yield from _on_hub(source, "dataset", "write a local file or generated")
-
-
-def _is_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") != 1
 
 
 def _on_hub(name: str, kind: str, instead: str, revision: str | None = None) -> Iterator[str]:

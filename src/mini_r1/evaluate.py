@@ -146,18 +146,7 @@ def sample_batches(
     num_samples, template = task.num_eval_samples, PROMPT_TEMPLATES[task.prompt_template]
     per_batch = max(1, EVALUATION_BATCH // num_samples)
     stops = stop_ids(model, tokenizer)
-    generation = GenerationConfig(
-        do_sample=True,
-        temperature=task.eval_temperature,
-        # Spelt out, since what is left out is filled in from the model's own generation_config.
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        max_new_tokens=max_completion_length,
-        num_return_sequences=num_samples,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted(stops),
-    )
+    generation = sampling(model, tokenizer, task, max_completion_length, num_samples)
     batches = []
     was_training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
@@ -247,6 +236,22 @@ def _judge(puzzles: Sequence[Puzzle], completions: list[list[int]], tokenizer: A
     equations = equation_reward(texts, target=[p.target for p in puzzles], nums=[p.nums for p in puzzles])
     columns = zip(puzzles, texts, lengths, truncated, formats, equations, strict=True)
     return [Sample(puzzle.nums, puzzle.target, *rest) for puzzle, *rest in columns]
+
+
+def sampling(model: Any, tokenizer: Any, task: TaskConfig, max_completion_length: int, num_samples: int = 1) -> GenerationConfig:
+    """How completions are sampled wherever a model is judged: at the task's temperature, with nothing else in between."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=task.eval_temperature,
+        # Spelt out, since what is left out is filled in from the model's own generation_config.
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=max_completion_length,
+        num_return_sequences=num_samples,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted(stop_ids(model, tokenizer)),
+    )
 
 
 def stop_ids(model: Any, tokenizer: Any) -> set[int]:

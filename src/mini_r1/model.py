@@ -17,6 +17,11 @@ def model_path(name: str) -> str:
     return str(Path(__file__).parent / name) if name in EMBEDDED_BASES else name
 
 
+def is_local(name: str) -> bool:
+    """Whether a name can only mean a file or folder: ids of the hub are `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") != 1
+
+
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """The tokenizer of a model.
 

@@ -48,6 +48,7 @@ SERVER_HOST = "127.0.0.1"  # its development endpoints can replace the weights
 SERVER_MEMORY_UTILIZATION = 0.9  # of a GPU that the server has for itself
 # CUDA context, NCCL buffers and fragmentation. An assumption: no GPU run of ours has measured it yet.
 OVERHEAD_GIB = 3.0
+ONE_GPU_RECIPE = "recipes/grpo-qwen-2.5-3b-1gpu.yaml"
 
 
 # ---- The machine ------------------------------------------------------------------------------------------------------------
@@ -187,17 +188,16 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     if managed and not on_cpu and machine.gpus < 2:
         raise recipe.error(
             "vllm_mode: server needs a GPU of its own beside the training, and this machine has 1; write vllm_mode: colocate "
-            f"(and vllm_enable_sleep_mode: true), or take {LAST_RESORT}"
+            f"(and vllm_enable_sleep_mode: true), or take {ONE_GPU_RECIPE}"
         )
     processes = 1 if on_cpu else machine.gpus - managed
-    sharded = processes > 1 and not get("use_peft")
     check_batch(recipe, processes)
     memory = estimate_memory(recipe, processes, machine.gpu_memory)
     plan = Plan(
         recipe=recipe,
         machine=machine,
         processes=processes,
-        launcher=None if processes == 1 else "deepspeed_zero3" if sharded else "ddp",
+        launcher=launcher_for(recipe, processes),
         server_gpu=machine.gpus - 1 if managed and not on_cpu else None,
         memory=memory,
     )
@@ -209,7 +209,13 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     return plan
 
 
-LAST_RESORT = "recipes/grpo-qwen-2.5-3b-1gpu.yaml"
+def launcher_for(recipe: Recipe, processes: int) -> str | None:
+    """The accelerate config that starts so many training processes; None for a single one, which needs no launcher."""
+    if processes == 1:
+        return None
+    if recipe.training.get("use_cpu"):
+        return "cpu"
+    return "ddp" if recipe.model.get("use_peft") else "deepspeed_zero3"
 
 
 def check_processes(recipe: Recipe, processes: int) -> None:

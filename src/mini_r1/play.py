@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from mini_r1 import InputError
@@ -24,7 +23,7 @@ from mini_r1.countdown.expression import ExpressionError, parse
 from mini_r1.countdown.puzzles import Puzzle
 from mini_r1.countdown.solver import check_numbers, solve
 from mini_r1.data import load_split
-from mini_r1.evaluate import stop_ids, weights_and_task
+from mini_r1.evaluate import sampling, weights_and_task
 from mini_r1.model import load_model, load_tokenizer
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TaskConfig
@@ -106,15 +105,7 @@ def think(weights: str, puzzle: Puzzle, task: TaskConfig, max_completion_length:
     """One completion of a model for a puzzle, written as it comes; returns the whole."""
     tokenizer, model = load_tokenizer(weights), load_model(weights)
     inputs = tokenizer(PROMPT_TEMPLATES[task.prompt_template].render(puzzle.nums, puzzle.target, tokenizer), return_tensors="pt")
-    generation = GenerationConfig(
-        do_sample=True,
-        temperature=task.eval_temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=max_completion_length,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted(stop_ids(model, tokenizer)),
-    )
+    generation = sampling(model, tokenizer, task, max_completion_length)
     stream = TextStream(tokenizer, write)
     torch.manual_seed(seed)
     with torch.inference_mode():

@@ -30,6 +30,7 @@ from mini_r1.plan import (
     Machine,
     check_batch,
     completions_per_step,
+    launcher_for,
     make_plan,
     owns_server,
     server_command,
@@ -113,9 +114,7 @@ def plan_job(recipe: Recipe, nodes: int, machine: Machine) -> JobPlan:
         raise recipe.error("use_cpu: no GPUs on the nodes; give --gpus-per-node, or train a recipe with use_cpu: true")
     processes = training_nodes * per_node
     check_batch(recipe, processes)
-    sharded = "ddp" if recipe.model.get("use_peft") else "deepspeed_zero3"
-    launcher = None if processes == 1 else "cpu" if on_cpu else sharded
-    return JobPlan(recipe, training_nodes, served, per_node, launcher)
+    return JobPlan(recipe, training_nodes, served, per_node, launcher_for(recipe, processes))
 
 
 def submit_command(recipe: Recipe, nodes: int, gpus_per_node: int, time_limit: str | None) -> list[str]:

@@ -3,11 +3,14 @@ import inspect
 from types import SimpleNamespace
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from mini_r1.callbacks import CheckpointMarker, HeldOutEvaluation, Progress, RolloutRecorder, TrainClock
+from mini_r1.callbacks import CheckpointMarker, HeldOutEvaluation, RolloutRecorder, TensorBoard, TrainClock
 from mini_r1.model import COMPLETE_MARKER
 from mini_r1.rewards import equation_reward, format_reward
+from mini_r1.samples import ALL_FILE, SOLVED_FILE, Sample, read_samples
 
 COMPLETIONS = ["</think>\n<answer>1+2</answer>", "</think>\n<answer>2-1</answer>"] * 100
 
@@ -25,15 +28,14 @@ def feed(writer, step, functions=(format_reward, equation_reward), main=True, lo
 
 
 def test_samples_carry_step_puzzle_and_rewards(tmp_path):
-    writer = RolloutRecorder(tmp_path)
-    feed(writer, 7)
-    everything, solved = (tmp_path / name for name in RolloutRecorder.FILES)
-    entries = everything.read_text().split("==== ")[1:]
-    assert 8 <= len(entries) <= 35  # a tenth of 200
-    assert entries[0].startswith('step 7 nums [1, 2] target 3 rewards {"format_reward": 1.0, "equation_reward": ')
-    solved = solved.read_text().split("==== ")[1:]
+    recorder = RolloutRecorder(tmp_path)
+    feed(recorder, 7)
+    everything, solved = (read_samples(tmp_path / name) for name in (ALL_FILE, SOLVED_FILE))
+    assert 8 <= len(everything) <= 35  # a tenth of 200
     assert 3 <= len(solved) <= 20  # a tenth of the 100 solved ones
-    assert all('"equation_reward": 1.0' in entry and "<think></think>\n<answer>1+2</answer>" in entry for entry in solved)
+    rewards = {"format_reward": 1.0, "equation_reward": 1.0}
+    assert set(map(repr, solved)) == {repr(Sample(7, (1, 2), 3, rewards, COMPLETIONS[0]))}
+    assert recorder.latest == Sample(7, (1, 2), 3, rewards, COMPLETIONS[0])
 
 
 def test_only_rank_zero_writes_and_every_rank_logs_behaviors_once(tmp_path):
@@ -52,13 +54,8 @@ def test_a_resumed_run_ends_with_the_same_files(tmp_path):
     resumed.rewind(2)
     for step in (3, 4):
         feed(resumed, step)
-    for name in RolloutRecorder.FILES:
+    for name in (ALL_FILE, SOLVED_FILE):
         assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
-
-
-def test_a_completion_cannot_forge_an_entry(tmp_path):
-    entry = RolloutRecorder._entry(1, [1, 2], 3, {}, "x\n==== step 9 nums [1] target 1 rewards {}\ny")
-    assert RolloutRecorder._ENTRY.findall(entry) == ["1"]
 
 
 def test_watched_rewards_keep_name_kind_and_result(tmp_path):
@@ -92,10 +89,10 @@ def test_held_out_evaluation_on_schedule(stage):
     for step in (1, 2, 3, 4):
         stage[1].global_step = step
         callback.on_step_end(*stage)
-    assert names == ["before", "step-000002"]  # step 4 is the end: `after`
-    assert logged == [{"eval_success": 0.5, "eval_mean_completion_tokens": 30}] * 2
+    assert names == ["before", "step-000002", "after"]
+    assert logged == [{"eval_success": 0.5, "eval_mean_completion_tokens": 30}] * 3
     callback.on_train_begin(*stage)  # resumed: `before` was measured by the first start
-    assert len(names) == 2
+    assert len(names) == 3
 
 
 def test_a_complete_checkpoint_is_marked(stage, tmp_path):
@@ -118,10 +115,26 @@ def test_the_clock_counts_on_after_a_resume(stage):
     assert resumed.state()["attributes"] == {"train_seconds": 100.0}
 
 
-def test_progress_without_a_terminal_prints_lines(stage, capsys):
-    callback = Progress()
-    callback.on_train_begin(*stage)
-    stage[1].global_step = 1
-    callback.on_log(*stage, logs={"reward": 1.25, "rewards/equation_reward/mean": 0.25, "completions/mean_length": 33.4})
-    callback.on_log(*stage, logs={"train_runtime": 3.0})
-    assert capsys.readouterr().out == "step 1/4  reward 1.25  success 0.25  tokens 33\n"
+def test_tensorboard_gets_scalars_the_recipe_and_samples(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
+    recorder = SimpleNamespace(latest=None)
+    board = TensorBoard({"model_name_or_path": "tiny_base", "beta": 0.04, "reward_funcs": ["format", "equation"]}, recorder)
+    args, state = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerState(global_step=0, max_steps=100)
+    board.on_train_begin(args, state, None)
+    board.on_log(args, state, None, logs={"eval_success": 0.25})
+    for state.global_step in range(1, 101):
+        recorder.latest = Sample(state.global_step, (1, 2), 3, {"equation_reward": 0.0}, "1+2\n</think>")
+        board.on_log(args, state, None, logs={"reward": 1.0})
+    board.on_train_end(args, state, None)
+    assert len(list(tmp_path.glob("events*"))) == 1  # TensorBoard never returns to an earlier file
+    events = EventAccumulator(str(tmp_path), {"tensors": 0}).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("eval/success")] == [(0, 0.25)]
+    texts = events.Tensors("samples/text_summary")
+    assert [event.step for event in texts] == list(range(1, 101, 5))
+    assert texts[0].tensor_proto.string_val[0].decode() == "make 3 from 1, 2: failed\n\n    1+2\n    </think>"
+    start = HParamsPluginData.FromString(events.summary_metadata["_hparams_/session_start_info"].plugin_data.content)
+    hyperparameters = start.session_start_info.hparams
+    assert hyperparameters["beta"].number_value == 0.04
+    assert hyperparameters["reward_funcs"].string_value == "['format', 'equation']"
+    experiment = HParamsPluginData.FromString(events.summary_metadata["_hparams_/experiment"].plugin_data.content)
+    assert [info.name.tag for info in experiment.experiment.metric_infos] == ["eval/success"]

@@ -1,6 +1,6 @@
 import pytest
 
-from mini_r1.completion import claims, parse_completion
+from mini_r1.completion import claims, marked, parse_completion, printable
 
 
 def test_takes_a_completion_apart():
@@ -55,3 +55,14 @@ def test_finds_the_arithmetic_claims(text, expected):
         spelt_out = text[claim.start : claim.end]
         assert spelt_out.startswith(claim.left)
         assert spelt_out.endswith(claim.right)
+
+
+def test_marked_parts_make_the_whole():
+    text = "so 1 + 1 = 3\n99 - 75 + 62 = 24 + 62 = 86, and that is it"
+    parts = list(marked(text))
+    assert "".join(part for part, _ in parts) == text
+    assert [(part, true) for part, true in parts if true is not None] == [("1 + 1 = 3", False), ("99 - 75 + 62 = 24 + 62", True)]
+
+
+def test_printable_keeps_a_terminal_safe():
+    assert printable("5€ × 3\n\t\x1b[2J\x07\r\x9bok") == "5€ × 3\n\t[2Jok"

@@ -1,46 +1,40 @@
-"""What happens beside the training loop: samples, the progress bar, scheduled evaluation, checkpoint markers, pausing, the clock.
+"""What happens beside the training loop: recording rollouts, TensorBoard, scheduled evaluation, checkpoints, pausing, the clock.
 
 Everything here uses the public hooks of TRL and transformers: reward functions, `log_metric` and `TrainerCallback`.
 """
 
 import functools
 import inspect
-import json
-import re
 import signal
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+from torch.utils.tensorboard.summary import hparams
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 
 from mini_r1.behaviors import behavior, summarize_behaviors
-from mini_r1.countdown.puzzles import uniform_hash
 from mini_r1.model import COMPLETE_MARKER, STOP_FILE
 from mini_r1.rewards import RewardFunction, completion_text
+from mini_r1.samples import Sample, append_samples, rewind_samples
 
-# The share of completions that `samples/` keeps: the original's.
-SAMPLE_SHARE = 0.1
+SAMPLE_TEXTS = 20  # per run, in TensorBoard
 
 
 class RolloutRecorder:
-    """Logs how the model behaves, and writes one in ten completions and one in ten solved ones to the original's two files.
+    """Logs how the model behaves, and keeps samples of its completions; `latest` is a fresh one on the main process.
 
     It watches the reward functions, so it sees exactly what was judged. Behaviours are logged over the completions of all ranks;
-    rank 0 writes its own. Which completions are kept depends on step and position alone, and a resumed run first drops the entries
-    after its checkpoint: the files end up as if never interrupted.
+    rank 0 keeps samples of its own. A resumed run first drops those after its checkpoint: the files end up as if never interrupted.
     """
-
-    FILES = ("completion_samples.txt", "success_completion_samples.txt")
-    _ENTRY = re.compile(r"^==== step (\d+) ", re.MULTILINE)
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.latest: Sample | None = None
         self._names: list[str] = []
         self._scores: dict[str, list[float]] = {}
 
@@ -50,13 +44,8 @@ class RolloutRecorder:
         return [self._watched(function) for function in functions]
 
     def rewind(self, step: int) -> None:
-        """Drop all entries of later steps than the one to resume from."""
-        for name in self.FILES:
-            path = self.folder / name
-            if path.exists():
-                text = path.read_text(encoding="utf-8")
-                later = next((match.start() for match in self._ENTRY.finditer(text) if int(match[1]) > step), len(text))
-                path.write_text(text[:later], encoding="utf-8")
+        """Drop the samples of later steps than the one to resume from."""
+        rewind_samples(self.folder, step)
 
     def _watched(self, function: RewardFunction) -> RewardFunction:
         if inspect.iscoroutinefunction(function):
@@ -77,7 +66,9 @@ class RolloutRecorder:
         if len(self._scores) == len(self._names):
             self._log_behaviors(columns)
             if columns["trainer_state"].is_world_process_zero:
-                self._write(columns)
+                samples = self._samples(columns)
+                self.latest = samples[0]
+                append_samples(self.folder, samples)
             self._scores = {}
         return scores
 
@@ -89,64 +80,44 @@ class RolloutRecorder:
             if value is not None:
                 columns["log_metric"](f"behaviors/{name}", value)
 
-    def _write(self, columns: dict[str, Any]) -> None:
+    def _samples(self, columns: dict[str, Any]) -> list[Sample]:
         step = columns["trainer_state"].global_step + 1
-        entries: dict[str, list[str]] = {name: [] for name in self.FILES}
-        for index, completion in enumerate(columns["completions"]):
-            rewards = {name: self._scores[name][index] for name in self._names}
-            entry = self._entry(step, columns["nums"][index], columns["target"][index], rewards, completion)
-            if uniform_hash("sample", step, index) < SAMPLE_SHARE * 2**64:
-                entries[self.FILES[0]].append(entry)
-            if rewards.get("equation_reward") == 1.0 and uniform_hash("success", step, index) < SAMPLE_SHARE * 2**64:
-                entries[self.FILES[1]].append(entry)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name, chosen in entries.items():
-            with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.write("".join(chosen))
-
-    @staticmethod
-    def _entry(step: int, nums: Sequence[int], target: int, rewards: dict[str, float], completion: Any) -> str:
-        # A completion cannot forge an entry: a line of its own that looks like a header is indented.
-        text = completion_text(completion).replace("\n==== step ", "\n ==== step ")
-        return f"==== step {step} nums {json.dumps(list(nums))} target {target} rewards {json.dumps(rewards)}\n<think>{text}\n\n"
+        texts = map(completion_text, columns["completions"])
+        return [
+            Sample(step, tuple(nums), target, {name: self._scores[name][index] for name in self._names}, text)
+            for index, (nums, target, text) in enumerate(zip(columns["nums"], columns["target"], texts, strict=True))
+        ]
 
 
-class Progress(TrainerCallback):
-    """A progress bar with live reward, success and length; plain lines, twenty per run, when the output is no terminal."""
+class TensorBoard(TensorBoardCallback):
+    """The libraries' TensorBoard log, with the recipe as a hyper-parameter entry and twenty sample texts.
 
-    _bar: tqdm | None = None
+    Everything goes into one file: TensorBoard reads those of a folder one after the other, and never returns to an earlier one.
+    """
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._every, self._printed = state.max_steps / 20, state.global_step
-        if state.is_world_process_zero and sys.stderr.isatty():
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+    def __init__(self, recipe: Mapping[str, Any], recorder: RolloutRecorder):
+        super().__init__()
+        self._recipe, self._recorder = recipe, recorder
+        self._sample: Sample | None = None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
-        # Steps that share a batch of completions with an earlier one log no reward.
-        if not state.is_world_process_zero or "reward" not in (logs or {}):
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if not state.is_world_process_zero:
             return
-        shown = {
-            "reward": logs["reward"],
-            "success": logs.get("rewards/equation_reward/mean"),
-            "tokens": logs["completions/mean_length"],
-        }
-        texts = {name: f"{value:.0f}" if name == "tokens" else f"{value:.2f}" for name, value in shown.items() if value is not None}
-        if self._bar is not None:
-            self._bar.set_postfix(texts)
-        elif state.global_step - self._printed >= self._every:
-            self._printed = state.global_step
-            facts = "  ".join(f"{name} {text}" for name, text in texts.items())
-            print(f"step {state.global_step}/{state.max_steps}  {facts}", flush=True)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._bar is not None:
-            self._bar.close()
+        if state.global_step == 0 and "eval_success" in logs:
+            values = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in self._recipe.items()}
+            for summary in hparams(values, {"eval/success": logs["eval_success"]}):
+                self.tb_writer.file_writer.add_summary(summary, 0)
+        sample, shown = self._recorder.latest, self._sample
+        if sample is not None and (shown is None or sample.step - shown.step >= state.max_steps / SAMPLE_TEXTS):
+            verdict = "solved" if sample.solved else "failed"
+            text = "\n".join(f"    {line}" for line in sample.text.strip().splitlines())  # Markdown leaves such lines as they are
+            self.tb_writer.add_text("samples", f"{sample.puzzle}: {verdict}\n\n{text}", sample.step)
+            self._sample = sample
 
 
 class HeldOutEvaluation(TrainerCallback):
-    """Evaluates on the held-out puzzles before the first step and every `every` steps, and logs success and length.
+    """Evaluates on the held-out puzzles before the first step, every `every` steps and after the last; logs success and length.
 
     Not done before `trainer.train()`: only there the model is wrapped, so that the ranks of ZeRO-3 can gather its weights.
     """
@@ -159,7 +130,9 @@ class HeldOutEvaluation(TrainerCallback):
             self._run("before")
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._every and state.global_step % self._every == 0 and state.global_step < state.max_steps:
+        if state.global_step >= state.max_steps:
+            self._run("after")
+        elif self._every and state.global_step % self._every == 0:
             self._run(f"step-{state.global_step:06d}")
 
     def _run(self, name: str) -> None:

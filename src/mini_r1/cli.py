@@ -111,6 +111,9 @@ def _run(recipe: "Recipe") -> None:
     if os.environ.get("RANK", "0") == "0":
         first_problem(recipe)
         (recipe.run_dir / STOP_FILE).unlink(missing_ok=True)  # of an earlier attempt; from here on one is meant for this
+    # Trackio reads its folder when it is imported.
+    for variable, folder in (("TENSORBOARD_LOGGING_DIR", "tensorboard"), ("TRACKIO_DIR", "trackio"), ("WANDB_DIR", "")):
+        os.environ[variable] = str((recipe.run_dir / folder).absolute())
     server_gpu = take_last_gpu() if owns_server(recipe) and not recipe.training.get("use_cpu") else None
     from mini_r1.train import run
 

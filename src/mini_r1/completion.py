@@ -82,6 +82,23 @@ def claims(text: str) -> Iterator[Claim]:
                 continue
 
 
+def marked(text: str) -> Iterator[tuple[str, bool | None]]:
+    """The text in parts that make the whole: those that are arithmetic claims with their truth, those between them with None."""
+    position = 0
+    for claim in claims(text):
+        if claim.start < position:
+            continue  # the second claim of a chain shares its left side with the first
+        yield text[position : claim.start], None
+        yield text[claim.start : claim.end], claim.true
+        position = claim.end
+    yield text[position:], None
+
+
+def printable(text: str) -> str:
+    """The text without control characters, by which a model could write anywhere on a terminal."""
+    return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
+
+
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
     """The span without outer blanks and without outer brackets that have no partner in them, as in `(8 + 13 = 21)`."""
     while start < end:

@@ -30,6 +30,7 @@ CONTINUABLE_PREFIXES = ("save_", "logging_", "log_", "hub_", "num_eval_", "eval_
 HUB_TIMEOUT = 1.0  # seconds; a mistake is told at once or later
 # Which package a key of a recipe needs.
 PACKAGE_OF = {"use_vllm": "vllm", "use_peft": "peft", "load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes"}
+TRACKERS = ("wandb", "trackio")  # of those that report_to can name; TensorBoard is always there
 INSTALL_EXTRA = "run pip install -c constraints.txt -e '.[gpu]'"
 
 
@@ -81,6 +82,9 @@ def problems(recipe: Recipe, launcher: str | None = None) -> Iterator[str]:
             yield f"{key}: {package} is not installed; {INSTALL_EXTRA}, or write {key}: false"
     if launcher == "deepspeed_zero3" and find_spec("deepspeed") is None:
         yield f"deepspeed is not installed, and full fine-tuning on several GPUs needs it; {INSTALL_EXTRA}"
+    for tracker in recipe.training["report_to"]:
+        if tracker in TRACKERS and find_spec(tracker) is None:
+            yield f"report_to: {tracker} is not installed; run pip install -c constraints.txt {tracker}"
     yield from _run_folder(recipe)
     yield from _model(recipe)
     yield from _data(recipe)

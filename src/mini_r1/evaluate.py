@@ -8,16 +8,17 @@ and a seed of their own, so the result does not depend on the number of processe
 
 import math
 import re
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
 
+import rich
 import torch
-from tqdm.auto import tqdm
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import GenerationConfig
 
 from mini_r1 import InputError
@@ -71,7 +72,7 @@ def evaluate_model(
     task = replace(task, **{key: value for key, value in changes.items() if value is not None})
     tokenizer, model = load_tokenizer(weights), load_model(weights)
     puzzles = heldout_puzzles(load_split(task), task)
-    with progress_bar(len(puzzles) * task.num_eval_samples, Path(name).name) as bar:
+    with progress_bar(len(puzzles) * task.num_eval_samples, Path(name).name) as on_batch:
         batches = sample_batches(
             model,
             tokenizer,
@@ -79,7 +80,7 @@ def evaluate_model(
             task,
             max_completion_length=max_completion_length,
             seed=seed,
-            on_batch=bar.update,
+            on_batch=on_batch,
         )
     samples = [sample for _, batch in batches for sample in batch]
     return summarize(samples, task, max_completion_length=max_completion_length, model=name, seed=seed)
@@ -117,10 +118,14 @@ def heldout_puzzles(split: Split, task: TaskConfig) -> tuple[Puzzle, ...]:
     return split.heldout[: task.num_eval_puzzles]
 
 
-def progress_bar(completions: int, name: str, shown: bool = True) -> tqdm:
-    """A bar that counts completions, on a terminal only."""
-    shown = shown and sys.stderr.isatty()
-    return tqdm(total=completions, desc=f"evaluating {name}", unit="completion", disable=not shown, leave=False)
+@contextmanager
+def progress_bar(completions: int, name: str, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar that counts completions, on a terminal only; yields what to call with the number of new ones."""
+    console = rich.get_console()
+    columns = (TextColumn(f"evaluating {name}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
+        task = progress.add_task(name, total=completions)
+        yield lambda new: progress.advance(task, new)
 
 
 def sample_batches(

@@ -18,7 +18,7 @@ import yaml
 from transformers.generation.streamers import BaseStreamer
 
 from mini_r1 import InputError
-from mini_r1.completion import claims, parse_completion
+from mini_r1.completion import claims, parse_completion, printable
 from mini_r1.countdown.expression import ExpressionError, parse
 from mini_r1.countdown.puzzles import Puzzle
 from mini_r1.countdown.solver import check_numbers, solve
@@ -91,13 +91,13 @@ def play(
         puzzle = Puzzle(tuple(nums), target)
     print(f"Make {puzzle.target} using each of {', '.join(map(str, puzzle.nums))} once.")
     if base is None:
-        text = think(weights, puzzle, task, max_completion_length, seed, lambda part: print(part, end="", flush=True))
+        text = think(weights, puzzle, task, max_completion_length, seed, lambda part: print(printable(part), end="", flush=True))
         print(f"\n{judge(text, puzzle)}")
         return
     columns = []
     for title, model in ((base, base), (name, weights)):
         text = think(model, puzzle, task, max_completion_length, seed, lambda part: None)
-        columns.append(f"{title}\n\n{text.strip()}\n\n{judge(text, puzzle)}")
+        columns.append(f"{title}\n\n{printable(text).strip()}\n\n{judge(text, puzzle)}")
     print(side_by_side(*columns, width=shutil.get_terminal_size().columns))
 
 

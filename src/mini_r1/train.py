@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ import huggingface_hub
 import torch
 import yaml
 from accelerate.utils import gather_object
-from transformers import set_seed
+from transformers import Trainer, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
@@ -33,13 +35,14 @@ from mini_r1.callbacks import (
     CheckpointMarker,
     HeldOutEvaluation,
     PauseOnRequest,
-    Progress,
     RolloutRecorder,
+    TensorBoard,
     TrainClock,
 )
 from mini_r1.countdown.puzzles import Puzzle
 from mini_r1.data import load_split, prompt_dataset
 from mini_r1.evaluate import heldout_puzzles, progress_bar, sample_batches, summarize
+from mini_r1.live import LiveView
 from mini_r1.manifest import build_manifest, write_json, write_text
 from mini_r1.model import (
     PAUSED_MARKER,
@@ -78,7 +81,6 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> dict[str, Any]:
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     disable_progress_bar()
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
     template = PROMPT_TEMPLATES[recipe.task.prompt_template]
     split = load_split(recipe.task)
     heldout = heldout_puzzles(split, recipe.task)
@@ -101,10 +103,13 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> dict[str, Any]:
         return _evaluate(trainer, recipe, tokenizer, heldout, run_dir / "eval" / f"{name}.json")
 
     clock, pause = TrainClock(), PauseOnRequest(run_dir)
+    if trainer.pop_callback(TensorBoardCallback):
+        trainer.add_callback(TensorBoard(recipe.as_dict(), recorder))
     trainer.add_callback(clock)
     trainer.add_callback(pause)
-    trainer.add_callback(HeldOutEvaluation(eval_every, evaluate, trainer.log))
-    trainer.add_callback(Progress())
+    trainer.add_callback(LiveView(run_dir.name, clock, recorder))
+    # Not TRL's log, which would send along what the training has noted since its last line.
+    trainer.add_callback(HeldOutEvaluation(eval_every, evaluate, partial(Trainer.log, trainer)))
     trainer.add_callback(CheckpointMarker())
 
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -136,7 +141,10 @@ def _finish(
     run_dir = recipe.run_dir
     trainer.save_model(str(run_dir))
     trainer.save_state()  # trainer_state.json: every logged scalar
-    after = evaluate("after")
+    after_file = run_dir / "eval" / "after.json"
+    after = json.loads(after_file.read_text(encoding="utf-8")) if after_file.exists() else {}
+    if after.get("step") != trainer.state.global_step:
+        after = evaluate("after")  # killed between its last step and this: resumed with no step left, at whose end it is done
     summary = {}
     if trainer.accelerator.is_main_process:
         tokenizer.save_pretrained(run_dir)
@@ -282,7 +290,7 @@ def _evaluate(trainer: GRPOTrainer, recipe: Recipe, tokenizer: Any, puzzles: Seq
     unwrapped = unwrap_model_for_generation(
         trainer.model_wrapped, accelerator, gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs
     )
-    with bar, unwrapped as model:
+    with bar as on_batch, unwrapped as model:
         batches = sample_batches(
             model,
             tokenizer,
@@ -291,7 +299,7 @@ def _evaluate(trainer: GRPOTrainer, recipe: Recipe, tokenizer: Any, puzzles: Seq
             max_completion_length=trainer.args.max_completion_length,
             process=accelerator.process_index,
             num_processes=accelerator.num_processes,
-            on_batch=bar.update,
+            on_batch=on_batch,
         )
     result = summarize(
         [sample for _, batch in sorted(gather_object(batches), key=itemgetter(0)) for sample in batch],

@@ -1,21 +1,29 @@
 """Real runs of the one training entry point on the embedded base: a few steps, then everything a run promises is checked."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
+import sqlite3
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
+import pyte
 import pytest
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mini_r1.callbacks import RolloutRecorder
 from mini_r1.evaluate import evaluate_model
 from mini_r1.model import COMPLETE_MARKER, load_model, load_tokenizer
+from mini_r1.samples import ALL_FILE, SOLVED_FILE
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +90,7 @@ def test_a_run_is_a_complete_folder(straight):
     for name in ("train/reward", "train/behaviors/tries", "train/behaviors/gave_up", "eval/success"):
         assert scalars.Scalars(name), name
     assert "countdown" in (run_dir / "README.md").read_text().lower() or "GRPO" in (run_dir / "README.md").read_text()
-    assert "==== step " in (run_dir / "samples" / RolloutRecorder.FILES[0]).read_text()
+    assert "==== step " in (run_dir / "samples" / ALL_FILE).read_text()
     assert "held-out success" in printed
     assert "step 5/6  reward" in printed
 
@@ -119,7 +127,7 @@ def test_kill_9_loses_nothing(straight, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
     assert f"removing {torn}" in done.stdout
-    for name in ("model.safetensors", *(f"samples/{name}" for name in RolloutRecorder.FILES)):
+    for name in ("model.safetensors", *(f"samples/{name}" for name in (ALL_FILE, SOLVED_FILE))):
         assert (run_dir / name).read_bytes() == (straight[0] / name).read_bytes(), name
     results = [json.loads((folder / "eval" / "after.json").read_text()) for folder in (run_dir, straight[0])]
     assert results[0]["success"] == results[1]["success"]
@@ -145,7 +153,7 @@ def test_a_run_pauses_on_request_and_goes_on_as_if_it_had_not(straight, tmp_path
     assert done.returncode == 0, done.stderr
     assert f"resuming from {run_dir / 'checkpoint-2'}" in done.stdout
     assert not (run_dir / "PAUSED").exists()
-    for name in ("model.safetensors", *(f"samples/{name}" for name in RolloutRecorder.FILES)):
+    for name in ("model.safetensors", *(f"samples/{name}" for name in (ALL_FILE, SOLVED_FILE))):
         assert (run_dir / name).read_bytes() == (straight[0] / name).read_bytes(), name
 
 
@@ -198,3 +206,46 @@ def test_lora_dtype_and_scheduled_evaluation(tmp_path):
     after = json.loads((run_dir / "eval" / "after.json").read_text())
     assert after["num_puzzles"] == 20
     assert evaluate_model(str(run_dir), num_puzzles=20)["num_puzzles"] == 20
+
+
+def test_on_a_terminal_a_panel_lives(tmp_path):
+    """A real terminal (a pty, read by a terminal emulator): one panel, redrawn in place, and the closing lines below it."""
+    screen = pyte.Screen(100, 50)
+    stream = pyte.ByteStream(screen)
+    pid, parent_end = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, command(tmp_path / "run"))
+    fcntl.ioctl(parent_end, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 100, 0, 0))
+    with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
+        while content := os.read(parent_end, 65536):
+            stream.feed(content)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    shown = "\n".join(line.rstrip() for line in screen.display)
+    assert shown.count("╭─ Mini-R1: run ") == 1
+    for pattern in (
+        r"│ step 6/6 ━+ 0\.0 minutes left",
+        r"success \d+%",
+        r"held-out success [\d.]+% at step 6",
+        r"make \d+ from .*(solved|failed)",
+    ):
+        assert re.search(pattern, shown), pattern
+    assert shown.index("╰─") < shown.index("held-out success  ")
+    assert not screen.cursor.hidden
+
+
+def test_wandb_and_trackio_get_the_scalars_and_stay_in_the_run_folder(tmp_path, monkeypatch):
+    for variable in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_dir = tmp_path / "run"
+    arguments = command(run_dir, max_steps=2)
+    done = subprocess.run([*arguments, "--report_to", "wandb", "trackio"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert list(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+    (database,) = (path for path in run_dir.glob("trackio/*.db"))
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        logged = " ".join(row[0] for row in connection.execute("select metrics from metrics"))
+    for name in ("train/reward", "train/behaviors/tries", "eval/success"):
+        assert name in logged
+    assert not (run_dir / "tensorboard").exists()
+    assert sorted(path.name for path in (tmp_path / "home").rglob("*") if "wandb" in path.name or "trackio" in path.name) == []

@@ -1,0 +1,123 @@
+"""A run as it goes, on the terminal: how far it is, how good, and every few seconds a fresh sample with the judge's verdict.
+
+Where the output is no terminal it is plain lines, twenty per run. All figures are those that TensorBoard gets.
+"""
+
+import atexit
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich
+from rich.console import Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+from transformers import TrainerCallback
+
+from mini_r1.callbacks import RolloutRecorder, TrainClock
+from mini_r1.completion import marked, printable
+from mini_r1.samples import Sample
+
+# Shown name -> (key in the trainer's log, format).
+FIGURES = {
+    "reward": ("reward", "{:.2f}"),
+    "success": ("rewards/equation_reward/mean", "{:.0%}"),
+    "tokens": ("completions/mean_length", "{:.0f}"),
+    "truncated": ("completions/clipped_ratio", "{:.0%}"),
+    "no signal": ("frac_reward_zero_std", "{:.0%}"),  # groups whose completions all got the same reward
+}
+PLAIN_LINES = 20  # per run
+SAMPLE_SECONDS = 8.0  # how long a sample stays at least: time to read it
+SAMPLE_CHARS = 600  # of a longer one the end is shown, where the answer is
+SPARKS = "▁▂▃▄▅▆▇█"
+SPARKLINE_WIDTH = 32
+
+
+class LiveView(TrainerCallback):
+    """Shows the run of the main process: a panel on a terminal, else plain lines.
+
+    Args:
+        name: of the run.
+        clock: the seconds that training took so far; must be called before this callback.
+        recorder: where the samples come from.
+    """
+
+    def __init__(self, name: str, clock: TrainClock, recorder: RolloutRecorder):
+        self._name, self._clock, self._recorder = name, clock, recorder
+        self._live: Live | None = None
+        self._sample: Sample | None = None
+        self._sample_since = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # An earlier attempt's seconds count as training, but say nothing about this one's pace.
+        self._began, self._printed = (state.global_step, self._clock.train_seconds), state.global_step
+        console = rich.get_console()
+        if state.is_world_process_zero and console.is_terminal:
+            self._live = Live(self._panel(state), console=console)
+            self._live.start()
+            atexit.register(self._live.stop)  # whatever ends the run, the cursor comes back
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self._live is not None:
+            self._live.update(self._panel(state))
+            return
+        # Steps that share a batch of completions with an earlier one log no reward.
+        due = "reward" in logs and state.global_step - self._printed >= state.max_steps / PLAIN_LINES
+        if state.is_world_process_zero and due:
+            self._printed = state.global_step
+            facts = [f"step {state.global_step}/{state.max_steps}", *figures(state.log_history), self._time_left(state)]
+            print("  ".join(facts), flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._live is not None:
+            self._live.stop()
+
+    def _panel(self, state: Any) -> Panel:
+        progress = Table.grid(padding=(0, 1), expand=True)
+        progress.add_column(no_wrap=True)
+        progress.add_column(ratio=1)
+        progress.add_column(no_wrap=True)
+        bar = ProgressBar(total=state.max_steps, completed=state.global_step)
+        progress.add_row(f"step {state.global_step}/{state.max_steps}", bar, self._time_left(state))
+        history, key = state.log_history, FIGURES["success"][0]
+        learned = [sparkline([entry[key] for entry in history if key in entry])]
+        learned += [f"held-out success {e['eval_success']:.1%} at step {e['step']}" for e in history if "eval_success" in e][-1:]
+        lines = [progress, Text("   ".join(figures(history))), Text("   ".join(filter(None, learned)))]
+        if self._recorder.latest is not self._sample and time.monotonic() - self._sample_since >= SAMPLE_SECONDS:
+            self._sample, self._sample_since = self._recorder.latest, time.monotonic()
+        if self._sample is not None:
+            lines += ["", *_shown(self._sample)]
+        return Panel(Group(*lines), title=f"Mini-R1: {self._name}", title_align="left")
+
+    def _time_left(self, state: Any) -> str:
+        steps, seconds = state.global_step - self._began[0], self._clock.train_seconds - self._began[1]
+        if steps == 0:
+            return "measuring"
+        left = seconds / steps * (state.max_steps - state.global_step)
+        return f"{left / 60:.1f} minutes left" if left < 6000 else f"{left / 3600:.1f} hours left"
+
+
+def figures(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The newest value of each figure that was logged: `success 78%`."""
+    newest = {name: next((entry[key] for entry in reversed(history) if key in entry), None) for name, (key, _) in FIGURES.items()}
+    return [f"{name} {FIGURES[name][1].format(value)}" for name, value in newest.items() if value is not None]
+
+
+def sparkline(shares: Sequence[float]) -> str:
+    """Shares (0 to 1) as a line of little bars, means of neighbours where there are many."""
+    size = max(1, -(-len(shares) // SPARKLINE_WIDTH))
+    groups = [shares[start : start + size] for start in range(0, len(shares), size)]
+    return "".join(SPARKS[min(int(sum(group) / len(group) * len(SPARKS)), len(SPARKS) - 1)] for group in groups)
+
+
+def _shown(sample: Sample) -> list[Text]:
+    """A sample's puzzle with the verdict, and its text with the arithmetic marked."""
+    title = Text(f"step {sample.step}: {sample.puzzle}  ", style="bold")
+    title.append("solved" if sample.solved else "failed", style="green" if sample.solved else "red")
+    text = Text()
+    for part, true in marked(printable(sample.text).strip()):
+        text.append(part, style={True: "green", False: "red underline", None: ""}[true])
+    return [title, Text("… ") + text[-SAMPLE_CHARS:] if len(text) > SAMPLE_CHARS else text]

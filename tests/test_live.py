@@ -1,0 +1,125 @@
+import re
+from types import SimpleNamespace
+
+import pytest
+import rich
+from rich.console import Console
+from transformers import TrainerControl, TrainerState
+
+from mini_r1 import live
+from mini_r1.live import LiveView, figures, sparkline
+from mini_r1.samples import Sample
+
+LOGS = {
+    "reward": 1.25,
+    "rewards/equation_reward/mean": 0.25,
+    "completions/mean_length": 33.4,
+    "completions/clipped_ratio": 0.0,
+    "frac_reward_zero_std": 0.5,
+}
+FIGURES = ["reward 1.25", "success 25%", "tokens 33", "truncated 0%", "no signal 50%"]
+SAMPLE = Sample(3, (4, 5, 12), 68, {"equation_reward": 1.0}, "12+5=18\n12+5=17\n</think>\n<answer>(12+5)*4\x1b[2J</answer>")
+
+
+@pytest.fixture
+def view():
+    return LiveView("my-run", SimpleNamespace(train_seconds=0.0), SimpleNamespace(latest=None))
+
+
+def log(view, state, **logs):
+    state.log_history.append({"step": state.global_step, **logs})
+    view.on_log(None, state, TrainerControl(), logs=logs)
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A terminal of 80 columns that records what it is sent."""
+    console = Console(force_terminal=True, width=80, height=40, record=True, color_system="standard", legacy_windows=False)
+    monkeypatch.setattr(rich, "get_console", lambda: console)
+    return console
+
+
+def test_figures_are_the_newest_that_were_logged():
+    assert figures([{**LOGS, "reward": 9.0}, {"loss": 0.1}, LOGS, {"loss": 0.1}]) == FIGURES
+    assert figures([{"reward": 0.5}]) == ["reward 0.50"]  # without the equation reward there is no success
+    assert figures([]) == []
+
+
+def test_sparkline():
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert sparkline([0.0] * 500 + [1.0] * 500) == "▁" * 15 + "▄" + "█" * 16
+    assert sparkline([]) == ""
+
+
+def test_plain_lines_where_there_is_no_terminal(view, capsys):
+    state = TrainerState(global_step=0, max_steps=40, log_history=[])
+    view.on_train_begin(None, state, None)
+    for step in range(1, 41):
+        state.global_step, view._clock.train_seconds = step, 60.0 * step
+        log(view, state, **LOGS) if step % 4 == 1 else log(view, state, loss=0.1)  # four steps share a generation
+    log(view, state, train_runtime=1.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "  ".join(["step 5/40", *FIGURES, "35.0 minutes left"])  # step 1 is too soon for one in twenty
+    assert [line.split("  ")[0] for line in lines] == [f"step {step}/40" for step in range(5, 40, 4)]
+
+
+def test_the_pace_of_a_resumed_run_is_that_of_this_attempt(view, capsys):
+    view._clock.train_seconds = 1e6  # a slower machine's
+    state = TrainerState(global_step=10, max_steps=20, log_history=[])
+    view.on_train_begin(None, state, None)
+    state.global_step, view._clock.train_seconds = 12, 1e6 + 20
+    log(view, state, **LOGS)
+    assert "1.3 minutes left" in capsys.readouterr().out
+    state.max_steps, view._printed = 10_000, 0
+    log(view, state, **LOGS)
+    assert "27.7 hours left" not in capsys.readouterr().out  # not due yet
+    state.max_steps = 10_012
+    view._printed = -1000
+    log(view, state, **LOGS)
+    assert "27.8 hours left" in capsys.readouterr().out
+
+
+def test_the_panel_shows_figures_and_a_fresh_sample_with_its_verdict(view, terminal, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(live.time, "monotonic", lambda: now)
+    state = TrainerState(global_step=0, max_steps=40, log_history=[])
+    view.on_train_begin(None, state, None)
+    state.global_step, view._recorder.latest = 3, SAMPLE
+    log(view, state, **LOGS)
+    log(view, state, eval_success=0.238)
+    later = Sample(4, (1, 2), 3, {"equation_reward": 0.0}, "1+2=3")
+    view._recorder.latest = later
+    log(view, state, **LOGS)
+    assert view._sample is SAMPLE  # there is time to read it
+    view.on_train_end(None, state, None)
+    shown = terminal.export_text(clear=False, styles=False)
+    last = shown[shown.rindex("╭─ Mini-R1: my-run") :]
+    held_out, puzzle = "▃▃   held-out success 23.8% at step 3", "step 3: make 68 from 4, 5, 12  solved"
+    for text in ("step 3/40", *FIGURES, held_out, puzzle, "<answer>(12+5)*4"):
+        assert text in last, text
+    assert "\x1b[2J" not in shown.replace("[2J</answer>", "")  # a model cannot clear the screen
+    styled = terminal.export_text(styles=True)
+    assert re.search(r"\x1b\[4;31m12\+5=18\x1b", styled)  # false arithmetic is red
+    assert re.search(r"\x1b\[32m12\+5=17\x1b", styled)
+
+    now += live.SAMPLE_SECONDS
+    view._panel(state)
+    assert view._sample is later
+
+
+def test_of_a_long_sample_the_end_is_shown(view):
+    view._sample = Sample(1, (1, 2), 3, {}, "1+1=3 " * 300 + "the end")
+    title, body = live._shown(view._sample)
+    assert title.plain.endswith("failed")
+    assert body.plain.startswith("… ")
+    assert body.plain.endswith("the end")
+    assert len(body) == live.SAMPLE_CHARS + 2
+
+
+def test_other_processes_show_nothing(view, terminal, capsys):
+    state = TrainerState(global_step=0, max_steps=4, log_history=[], is_world_process_zero=False)
+    view.on_train_begin(None, state, None)
+    state.global_step = 4
+    log(view, state, **LOGS)
+    view.on_train_end(None, state, None)
+    assert terminal.export_text() == ""

@@ -29,6 +29,7 @@ from mini_r1.recipe import load_recipe
 
 Settings = Mapping[str, Any]
 Records = Mapping[str, list[dict[str, Any]]]  # a setting's label -> its records, seed by seed
+LOOKS = {"eval_strategy", "eval_steps"}  # how often a run is looked at changes nothing in it
 SMOOTHING = 3  # sampled batches; each holds few puzzles, so success jumps about
 
 
@@ -177,7 +178,7 @@ def _records(sweep: Sweep, settings: Settings) -> list[dict[str, Any]]:
         then = {**record["recipe"], "weights": record["weights"]}
         now = json.loads(json.dumps(load_recipe(sweep.recipe, [*_overrides(settings), "--seed", str(seed)]).as_dict()))
         now |= {"output_dir": then["output_dir"], "weights": weights_hash(model_path(now["model_name_or_path"]))}
-        changed = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+        changed = sorted(key for key in (now.keys() | then.keys()) - LOOKS if now.get(key) != then.get(key))
         if changed:
             key = changed[0]
             raise InputError(

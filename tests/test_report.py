@@ -1,14 +1,18 @@
+import csv
 import json
 import re
 from html import unescape
+from pathlib import Path
+from statistics import fmean
 
 import pytest
 import yaml
 
 from mini_r1 import InputError
 from mini_r1.cli import main
-from mini_r1.report import CHARTS, MAX_SAMPLES, load_run, render, write_report
+from mini_r1.report import CHARTS, MAX_SAMPLES, ORIGINAL_MILESTONES, ORIGINAL_NAME, load_run, render, write_report
 
+ROOT = Path(__file__).parents[1]
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\n1+1=3, 2+2=4\n</think>\n<answer>\"'&</answer>"
 
 
@@ -111,6 +115,27 @@ def test_an_unfinished_run_is_shown_as_such(run_dir):
     (run_dir / "eval" / "after.json").unlink()
     (run_dir / "trainer_state.json").unlink()
     assert "Held-out success (still training)" in render([load_run(run_dir)], {})
+
+
+def test_the_originals_milestones_stand_beside_runs_of_its_model(run_dir):
+    assert ORIGINAL_NAME not in render([load_run(run_dir)], {})
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump({"model_name_or_path": "Qwen/Qwen2.5-3B-Instruct", "max_steps": 450}))
+    page = render([load_run(run_dir)], {})
+    marks = {key: sum(step <= 450 for step in marks) for key, marks in ORIGINAL_MILESTONES.items()}
+    assert page.count('circle class="ref"') == sum(marks.values())
+    assert f"{ORIGINAL_NAME} at step 450: 0.5" in page
+    assert "at step 600" not in page  # the axis ends where the run does
+    assert f"</span>{ORIGINAL_NAME}</li>" in page
+
+
+def test_the_milestones_are_the_published_curve():
+    with (ROOT / "docs" / "records" / "original-3b-runs.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["run"] == "main"]
+    columns = {"success": "equation_reward", "format": "format_reward", "tokens": "completion_tokens"}
+    for key, marks in ORIGINAL_MILESTONES.items():
+        for step, value in marks.items():
+            near = [float(row[columns[key]]) for row in rows if abs(int(row["step"]) - step) <= 10]
+            assert fmean(near) == pytest.approx(value, abs=0.5 if key == "tokens" else 0.005), (key, step)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ Every text of a model is escaped, so a completion cannot change the page. Charts
 
 import csv
 import json
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from typing import Any
 import yaml
 
 from mini_r1 import InputError
-from mini_r1.completion import claims
+from mini_r1.completion import marked
 from mini_r1.model import checkpoints
+from mini_r1.samples import ALL_FILE, Sample, read_samples
 
 # Chart -> (title, key in the trainer's log). The short names are also the columns of a reference CSV.
 CHARTS = {
@@ -41,19 +41,28 @@ CHARTS = {
 }
 # Columns of published curves that have another name: those of the tutorial's Chinese edition.
 REFERENCE_NAMES = {"equation_reward": "success", "format_reward": "format", "completion_tokens": "tokens"}
+# The original recipe at 3B as zzlzero/mini-R1 ran it (run `main`, 448 completions per step): training rewards, means of what was
+# logged within 10 steps. docs/records/original-3b-runs.csv holds all of it, read from the TensorBoard logs published there.
+ORIGINAL_MODEL = "Qwen/Qwen2.5-3B"
+ORIGINAL_NAME = "the original recipe at 3B, training rewards (zzlzero/mini-R1)"
+ORIGINAL_MILESTONES = {
+    "success": {50: 0.09, 100: 0.19, 200: 0.45, 300: 0.45, 450: 0.50, 600: 0.51, 1200: 0.57},
+    "format": {50: 0.88, 100: 0.98, 450: 0.96, 1200: 0.98},
+    "tokens": {50: 453, 100: 389, 200: 289, 300: 251, 450: 219, 600: 190, 1200: 205},
+}
 MAX_POINTS = 80  # of a line
 MAX_SAMPLES = 150  # per run and page; evenly spread over the steps
 WIDTH, HEIGHT, LEFT, BOTTOM = 340, 170, 50, 20  # of a chart, in its own units
-_ENTRY = re.compile(r"^==== step (\d+) nums (\[.*?\]) target (\S+) rewards (\{.*\})$")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart: (step, value) pairs; `held_out` ones are points with a 95 % interval (step, value, low, high)."""
+    """One line of a chart: (step, value) pairs; `held_out`: points with a 95 % interval (step, value, low, high); `marks`: bare."""
 
     name: str
     points: Sequence[tuple[float, float]]
     held_out: Sequence[tuple[float, float, float, float]] = ()
+    marks: Sequence[tuple[float, float]] = ()
     reference: bool = False
 
 
@@ -66,7 +75,7 @@ class Run:
     manifest: Mapping[str, Any]
     history: Sequence[Mapping[str, float]]
     evaluations: Sequence[tuple[int, str, Mapping[str, Any]]]  # (step, name, content), in order
-    samples: Sequence[Mapping[str, Any]]
+    samples: Sequence[Sample]
 
     @property
     def name(self) -> str:
@@ -82,8 +91,7 @@ def write_report(folders: Sequence[Path], output: Path, reference: Path | None =
     from mini_r1.manifest import write_text
 
     runs = [load_run(folder) for folder in folders]
-    references = _load_reference(reference) if reference else {}
-    write_text(output, render(runs, references))
+    write_text(output, render(runs, _load_reference(reference) if reference else {}))
 
 
 def load_run(folder: Path) -> Run:
@@ -107,23 +115,7 @@ def load_run(folder: Path) -> Run:
     if not evaluations:
         raise InputError(f"{folder}: nothing recorded yet; the first evaluation is still under way")
     evaluations.sort(key=lambda entry: (entry[0], entry[1] == "after"))
-    return Run(folder, recipe, manifest, history, evaluations, _load_samples(folder / "samples" / "completion_samples.txt"))
-
-
-def _load_samples(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    samples: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if match := _ENTRY.match(line):
-            nums, rewards = json.loads(match[2]), json.loads(match[4])
-            solved = rewards.get("equation_reward") == 1.0
-            samples.append({"step": int(match[1]), "nums": nums, "target": match[3], "solved": solved, "lines": []})
-        elif samples:
-            samples[-1]["lines"].append(line)
-    for sample in samples:
-        sample["text"] = "\n".join(sample.pop("lines")).strip().removeprefix("<think>").strip()
-    return samples
+    return Run(folder, recipe, manifest, history, evaluations, read_samples(folder / "samples" / ALL_FILE))
 
 
 def _load_reference(path: Path) -> dict[str, list[Curve]]:
@@ -155,7 +147,8 @@ def _load_reference(path: Path) -> dict[str, list[Curve]]:
 def render(runs: Sequence[Run], references: Mapping[str, Sequence[Curve]]) -> str:
     """The whole page."""
     title = "Mini-R1: " + ", ".join(run.name for run in runs)
-    charts = "".join(_chart(key, runs, references.get(key, ())) for key in CHARTS)
+    references = {key: [*_milestones(key, runs), *references.get(key, ())] for key in CHARTS}
+    charts = "".join(_chart(key, runs, references[key]) for key in CHARTS)
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<section class="columns" aria-label="Held-out success">{"".join(map(_headline, runs))}</section>',
@@ -222,12 +215,10 @@ def _chart(key: str, runs: Sequence[Run], references: Sequence[Curve]) -> str:
             held_out = [(step, each["success"], *each["ci95"]) for step, _, each in run.evaluations]
         curves.append(Curve(run.name, points, held_out))
     curves += references
-    if not any(curve.points or curve.held_out for curve in curves):
+    points = [point for curve in curves for point in (*curve.points, *curve.held_out, *curve.marks)]
+    if not points:
         return ""
-    values = [value for curve in curves for _, value in curve.points] + [
-        v for curve in curves for point in curve.held_out for v in point[1:]
-    ]
-    steps = [point[0] for curve in curves for point in (*curve.points, *curve.held_out)]
+    steps, values = [point[0] for point in points], [value for point in points for value in point[1:]]
     low, high = min(0.0, *values), max(values)
     high = 1.0 if 0.5 < high <= 1.0 and low == 0 else high or 1.0
     last = max(steps) or 1
@@ -259,11 +250,20 @@ def _chart(key: str, runs: Sequence[Run], references: Sequence[Curve]) -> str:
             )
             parts.append(f'<circle class="{kind}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="3.5"/>')
             words.append(f"{curve.name} held-out at step {step}: {value:.3g}")
+        parts += [f'<circle class="{kind}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="3"/>' for step, value in curve.marks]
+        words += [f"{curve.name} at step {step}: {value:.3g}" for step, value in curve.marks]
     text = escape(f"{title}. {'; '.join(words)}.")
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text}">'
         f"{''.join(parts)}</svg></figure>"
     )
+
+
+def _milestones(key: str, runs: Sequence[Run]) -> list[Curve]:
+    """How far the original was, for a chart of runs of its model, as far as they go."""
+    lengths = [run.recipe.get("max_steps", 0) for run in runs if run.recipe["model_name_or_path"].startswith(ORIGINAL_MODEL)]
+    marks = [(step, value) for step, value in ORIGINAL_MILESTONES.get(key, {}).items() if step <= max(lengths, default=0)]
+    return [Curve(ORIGINAL_NAME, (), marks=marks, reference=True)] if marks else []
 
 
 def _binned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -326,16 +326,12 @@ def _thought(title: str, text: str, solved: bool) -> str:
 
 def _marked(text: str) -> str:
     """The text with its arithmetic claims marked, true or false by the judge."""
-    parts, position = [], 0
-    for claim in claims(text):
-        if claim.start < position:
-            continue  # the second claim of a chain shares its left side with the first
-        kind, note = ("true", "") if claim.true else ("false", '<span class="sr"> (false)</span>')
-        parts.append(
-            f'{escape(text[position : claim.start])}<mark class="{kind}">{escape(text[claim.start : claim.end])}</mark>{note}'
-        )
-        position = claim.end
-    return "".join(parts) + escape(text[position:])
+    wrapped = {
+        None: "{}",
+        True: '<mark class="true">{}</mark>',
+        False: '<mark class="false">{}</mark><span class="sr"> (false)</span>',
+    }
+    return "".join(wrapped[true].format(escape(part)) for part, true in marked(text))
 
 
 def _samples(run: Run) -> str:
@@ -343,19 +339,19 @@ def _samples(run: Run) -> str:
         return "<p>None were kept.</p>"
     stride = -(-len(run.samples) // MAX_SAMPLES)
     chosen = list(run.samples[::stride])
-    first = next((sample for sample in run.samples if sample["solved"]), None)
-    longest = max(run.samples, key=lambda sample: len(sample["text"]))
+    first = next((sample for sample in run.samples if sample.solved), None)
+    longest = max(run.samples, key=lambda sample: len(sample.text))
     chosen += [sample for sample in (first, longest) if sample is not None and not any(sample is each for each in chosen)]
-    chosen.sort(key=lambda sample: sample["step"])
+    chosen.sort(key=lambda sample: sample.step)
     cards = []
     for sample in chosen:
         tags = [
-            "solved" if sample["solved"] else "failed",
+            "solved" if sample.solved else "failed",
             *(["first"] if sample is first else []),
             *(["longest"] if sample is longest else []),
         ]
-        title = f"step {sample['step']}: make {sample['target']} from {', '.join(map(str, sample['nums']))}"
-        cards.append(f'<div class="sample" data-tags="{" ".join(tags)}">{_thought(title, sample["text"], sample["solved"])}</div>')
+        title = f"step {sample.step}: {sample.puzzle}"
+        cards.append(f'<div class="sample" data-tags="{" ".join(tags)}">{_thought(title, sample.text, sample.solved)}</div>')
     filters = {"all": "all", "solved": "solved", "failed": "failed", "longest": "the longest", "first": "the first solved"}
     buttons = "".join(
         f'<button type="button" data-show="{key}" aria-pressed="{"true" if key == "all" else "false"}">{label}</button>'
@@ -387,7 +383,8 @@ figure { margin: 0; } figcaption { font-size: .85rem; font-weight: 600; } svg { 
 svg text { fill: var(--soft); font-size: 10px; } .axis { stroke: var(--line); stroke-width: 1; }
 polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; } svg line:not(.axis) { stroke-width: 1.6; }
 .c0 { stroke: var(--c0); } .c1 { stroke: var(--c1); } .c2 { stroke: var(--c2); } .c3 { stroke: var(--c3); }
-.ref { stroke: var(--ref); stroke-dasharray: 4 3; } circle.c0 { fill: var(--c0); } circle.c1 { fill: var(--c1); }
+.ref { stroke: var(--ref); stroke-dasharray: 4 3; } circle.ref { fill: none; stroke-width: 1.6; stroke-dasharray: none; }
+circle.c0 { fill: var(--c0); } circle.c1 { fill: var(--c1); }
 circle.c2 { fill: var(--c2); } circle.c3 { fill: var(--c3); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; margin: 0; font-size: .9rem; }
 .key { display: inline-block; width: 1.4em; height: 0; border-top: 3px solid; margin-right: .4em; vertical-align: middle; }

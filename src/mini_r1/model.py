@@ -54,6 +54,13 @@ def load_model(name: str, revision: str | None = None) -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
+def keep_4bit_trainable(model: Any) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes 0.50 packs 4-bit weights when they are first evaluated, and cannot train with them after."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def model_error(name: str, error: Exception) -> InputError:
     """What to tell a user whose model cannot be loaded, in one line."""
     reason = " ".join(str(error).split())[:200]

@@ -49,6 +49,7 @@ from mini_r1.model import (
     STOP_FILE,
     checkpoint_step,
     checkpoints,
+    keep_4bit_trainable,
     last_complete_checkpoint,
     load_tokenizer,
     model_error,
@@ -232,10 +233,7 @@ def _build_trainer(
         )
     except OSError as error:
         raise model_error(model_args.model_name_or_path, error) from error
-    for module in trainer.model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # On such CPUs bitsandbytes 0.50 packs 4-bit weights when they are first evaluated, and then cannot train with them.
-            module.support_avx512bf16_for_cpu = False
+    keep_4bit_trainable(trainer.model)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer

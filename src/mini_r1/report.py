@@ -315,7 +315,7 @@ def _timeline(run: Run) -> str:
                 each = content["examples"][index]
                 cards.append(_thought(f"step {step}", each["completion"], each["solved"]))
         puzzle = f"Make {example['target']} using each of {', '.join(map(str, example['nums']))} once"
-        parts.append(f'<h3>{escape(puzzle)}</h3><div class="columns">{"".join(cards)}</div>')
+        parts.append(f'<h3>{escape(puzzle)}</h3><div class="columns steps">{"".join(cards)}</div>')
     return "".join(parts)
 
 
@@ -375,6 +375,7 @@ h1 { font-size: 1.6rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margi
 h4 { font-size: .9rem; margin: 0 0 .4rem; font-weight: 600; }
 article h2 { margin-top: 0; overflow-wrap: anywhere; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 1rem; }
+.steps { grid-template-columns: repeat(auto-fit, minmax(min(100%, 200px), 1fr)); }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; min-width: 0; }
 .big { font-size: clamp(1.8rem, 8vw, 2.4rem); font-weight: 700; margin: .2rem 0; }
 .from { color: var(--soft); } .to { color: var(--good); }

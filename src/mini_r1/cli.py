@@ -317,7 +317,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--jobs", type=_positive, default=1, help="runs at a time, each on its share of the cores (default: 1)")
 
     base = commands.add_parser("base", help="the embedded base models").add_subparsers(required=True, metavar="COMMAND")
-    command = _command(base, "build", base_build, "remake an embedded base from nothing (15 to 45 minutes on 2 cores)")
+    command = _command(base, "build", base_build, "remake an embedded base from nothing (less than an hour)")
     command.add_argument("name", nargs="?", default=EMBEDDED_BASES[0], choices=EMBEDDED_BASES, help="default: %(default)s")
     command.add_argument("--output", metavar="DIR", help="a new folder (default: the name)")
     return parser

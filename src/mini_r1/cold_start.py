@@ -111,7 +111,7 @@ COLD_STARTS = {
         ),
         max_completion_length=120,  # twelve tries and an answer
     ),
-    # The numbers and targets of the original's data set. Its searches reach all puzzles that + and - alone can solve, and 43 % of
+    # The numbers and targets of the original's data set. Its searches reach all puzzles that + and - alone can solve, and 39 % of
     # the others: most of those with four numbers lie further than 16 tries away.
     "tiny_base_hard": ColdStart(
         task=TaskConfig(

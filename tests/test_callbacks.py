@@ -89,10 +89,15 @@ def test_held_out_evaluation_on_schedule(stage):
     for step in (1, 2, 3, 4):
         stage[1].global_step = step
         callback.on_step_end(*stage)
+        callback.on_save(*stage)
     assert names == ["before", "step-000002", "after"]
+    assert callback.result_after()["success"] == 0.5
     assert logged == [{"eval_success": 0.5, "eval_mean_completion_tokens": 30}] * 3
     callback.on_train_begin(*stage)  # resumed: `before` was measured by the first start
     assert len(names) == 3
+    resumed = HeldOutEvaluation(2, evaluate, logged.append)  # after a kill between the last checkpoint and its evaluation
+    assert resumed.result_after()["success"] == 0.5
+    assert (names[3:], len(logged)) == (["after"], 4)
 
 
 def test_a_complete_checkpoint_is_marked(stage, tmp_path):

@@ -119,25 +119,34 @@ class TensorBoard(TensorBoardCallback):
 class HeldOutEvaluation(TrainerCallback):
     """Evaluates on the held-out puzzles before the first step, every `every` steps and after the last; logs success and length.
 
-    Not done before `trainer.train()`: only there the model is wrapped, so that the ranks of ZeRO-3 can gather its weights.
+    Not done before `trainer.train()`: only there the model is wrapped, so that the ranks of ZeRO-3 can gather its weights. The last
+    one, `after`, waits until the last checkpoint is complete, for which `CheckpointMarker` must be called first.
     """
 
     def __init__(self, every: int | None, evaluate: Callable[[str], dict[str, Any]], log: Callable[[dict[str, float]], None]):
         self._every, self._evaluate, self._log = every, evaluate, log
+        self._after: dict[str, Any] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
             self._run("before")
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            self._run("after")
-        elif self._every and state.global_step % self._every == 0:
+        if self._every and state.global_step % self._every == 0 and state.global_step < state.max_steps:
             self._run(f"step-{state.global_step:06d}")
 
-    def _run(self, name: str) -> None:
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            self._after = self._run("after")
+
+    def result_after(self) -> dict[str, Any]:
+        """The last evaluation; made now if no checkpoint was saved after the last step, or a kill came between it and that."""
+        return self._after or self._run("after")
+
+    def _run(self, name: str) -> dict[str, Any]:
         result = self._evaluate(name)
         self._log({"eval_success": result["success"], "eval_mean_completion_tokens": result["mean_completion_tokens"]})
+        return result
 
 
 class CheckpointMarker(TrainerCallback):

@@ -4,6 +4,8 @@ Where the output is no terminal it is plain lines, twenty per run. All figures a
 """
 
 import atexit
+import logging
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,6 +50,7 @@ class LiveView(TrainerCallback):
     def __init__(self, name: str, clock: TrainClock, recorder: RolloutRecorder):
         self._name, self._clock, self._recorder = name, clock, recorder
         self._live: Live | None = None
+        self._redirected: list[tuple[logging.StreamHandler, Any]] = []
         self._sample: Sample | None = None
         self._sample_since = 0.0
 
@@ -56,9 +59,14 @@ class LiveView(TrainerCallback):
         self._began, self._printed = (state.global_step, self._clock.train_seconds), state.global_step
         console = rich.get_console()
         if state.is_world_process_zero and console.is_terminal:
+            streams = (sys.stdout, sys.stderr)
             self._live = Live(self._panel(state), console=console)
             self._live.start()
             atexit.register(self._live.stop)  # whatever ends the run, the cursor comes back
+            # What the libraries log goes where sys.stderr pointed before, into the panel; from here on it comes above it.
+            for handler in _stream_handlers():
+                if handler.stream in streams:
+                    self._redirected.append((handler, handler.setStream(sys.stderr)))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self._live is not None:
@@ -74,6 +82,8 @@ class LiveView(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self._live is not None:
             self._live.stop()
+        for handler, stream in self._redirected:
+            handler.setStream(stream)
 
     def _panel(self, state: Any) -> Panel:
         progress = Table.grid(padding=(0, 1), expand=True)
@@ -98,6 +108,11 @@ class LiveView(TrainerCallback):
             return "measuring"
         left = seconds / steps * (state.max_steps - state.global_step)
         return f"{left / 60:.1f} minutes left" if left < 6000 else f"{left / 3600:.1f} hours left"
+
+
+def _stream_handlers() -> list[logging.StreamHandler]:
+    loggers = [logging.root, *(logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger))]
+    return [handler for logger in loggers for handler in logger.handlers if isinstance(handler, logging.StreamHandler)]
 
 
 def figures(history: Sequence[Mapping[str, Any]]) -> list[str]:

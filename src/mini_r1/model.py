@@ -55,7 +55,7 @@ def load_model(name: str, revision: str | None = None) -> Any:
 
 
 def keep_4bit_trainable(model: Any) -> None:
-    """On CPUs with AVX512-BF16 bitsandbytes 0.50 packs 4-bit weights when they are first evaluated, and cannot train with them after."""
+    """Keep bitsandbytes 0.50 from packing 4-bit weights at their first evaluation on AVX512-BF16 CPUs: it cannot train those."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

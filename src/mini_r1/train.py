@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -110,8 +110,9 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> dict[str, Any]:
     trainer.add_callback(pause)
     trainer.add_callback(LiveView(run_dir.name, clock, recorder))
     # Not TRL's log, which would send along what the training has noted since its last line.
-    trainer.add_callback(HeldOutEvaluation(eval_every, evaluate, partial(Trainer.log, trainer)))
+    held_out = HeldOutEvaluation(eval_every, evaluate, partial(Trainer.log, trainer))
     trainer.add_callback(CheckpointMarker())
+    trainer.add_callback(held_out)
 
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if server:
@@ -125,7 +126,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> dict[str, Any]:
                 f"paused after step {trainer.state.global_step} of {trainer.state.max_steps}; the same command goes on from there"
             )
     else:
-        summary = _finish(trainer, recipe, tokenizer, evaluate, clock)
+        summary = _finish(trainer, recipe, tokenizer, held_out, clock)
     # Without this, two of five ZeRO-3 runs abort at exit after their success.
     trainer.accelerator.wait_for_everyone()
     if args.use_vllm and args.vllm_mode == "colocate":
@@ -135,17 +136,12 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> dict[str, Any]:
     return summary
 
 
-def _finish(
-    trainer: GRPOTrainer, recipe: Recipe, tokenizer: Any, evaluate: Callable[[str], dict[str, Any]], clock: TrainClock
-) -> dict[str, Any]:
+def _finish(trainer: GRPOTrainer, recipe: Recipe, tokenizer: Any, held_out: HeldOutEvaluation, clock: TrainClock) -> dict[str, Any]:
     """Save the trained model, evaluate it and sum up; the summary is the main process's."""
     run_dir = recipe.run_dir
     trainer.save_model(str(run_dir))
+    after = held_out.result_after()
     trainer.save_state()  # trainer_state.json: every logged scalar
-    after_file = run_dir / "eval" / "after.json"
-    after = json.loads(after_file.read_text(encoding="utf-8")) if after_file.exists() else {}
-    if after.get("step") != trainer.state.global_step:
-        after = evaluate("after")  # killed between its last step and this: resumed with no step left, at whose end it is done
     summary = {}
     if trainer.accelerator.is_main_process:
         tokenizer.save_pretrained(run_dir)

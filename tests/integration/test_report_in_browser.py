@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mini_r1.report import write_report
+from mini_r1.report import CHARTS, write_report
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium")
@@ -78,12 +78,32 @@ def test_its_numbers_are_those_of_eval_and_tensorboard(run_dir, opened):
     headline = " ".join(page.locator(".big").inner_text().split())
     assert headline.startswith(f"{before['success']:.1%} →")
     assert headline.endswith(f"{after['success']:.1%}")
-    scalars = EventAccumulator(str(run_dir / "tensorboard")).Reload()
-    for title, tag in (("Success", "rewards/equation_reward/mean"), ("Completion length", "completions/mean_length")):
-        label = page.locator(f'svg[aria-label^="{title}"]').get_attribute("aria-label")
-        shown = re.search(r"from (\S+) to (\S+), between (\S+) and ([\d.]*\d)", label).groups()
-        values = [event.value for event in scalars.Scalars(f"train/{tag}")]
-        assert [float(value) for value in shown] == pytest.approx([values[0], values[-1], min(values), max(values)], rel=0.01)
+    scalars = EventAccumulator(str(run_dir / "tensorboard"), {"scalars": 0}).Reload()
+    for title, key in CHARTS.values():
+        label = page.locator(f'svg[aria-label^="{title}."]').get_attribute("aria-label")
+        shown = re.search(r"from (\S+) to (\S+), between (\S+) and ([\d.e-]*\d)", label).groups()
+        values = [event.value for event in scalars.Scalars(f"train/{key}")]
+        expected = [values[0], values[-1], min(values), max(values)]
+        assert [float(value) for value in shown] == pytest.approx(expected, rel=0.01, abs=1e-9), title
+    held_out = {event.step: event.value for event in scalars.Scalars("eval/success")}
+    assert held_out == pytest.approx({0: before["success"], 4: after["success"]})
+    label = page.locator('svg[aria-label^="Success"]').get_attribute("aria-label")
+    assert re.findall(r"held-out at step (\d+): ([\d.]*\d)", label) == [(str(step), f"{v:.3g}") for step, v in held_out.items()]
+
+
+def test_its_table_is_that_of_eval(run_dir, opened):
+    page, _, _ = opened(run_dir / "report.html")
+    before, after = (json.loads((run_dir / "eval" / f"{name}.json").read_text()) for name in ("before", "after"))
+    expected = {f"pass@{k}": [before["pass_at"][k], after["pass_at"][k]] for k in after["pass_at"]}
+    for measure, groups in after["by_difficulty"].items():
+        for value in groups:
+            both = [one["by_difficulty"][measure][value] for one in (before, after)]
+            expected[f"{measure.replace('_', ' ')}: {value}"] = [x for one in both for x in (one["success"], *one["ci95"])]
+    found = {}
+    for row in page.locator("tbody tr").all():
+        cells = " ".join(row.locator("td").all_inner_texts())
+        found[row.locator("th").inner_text()] = re.findall(r"[\d.]+(?=%)", cells)
+    assert found == {name: [f"{100 * value:.1f}" for value in values] for name, values in expected.items()}
 
 
 def test_samples_can_be_filtered(run_dir, opened):

@@ -1,4 +1,6 @@
+import logging
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +36,7 @@ def log(view, state, **logs):
 @pytest.fixture
 def terminal(monkeypatch):
     """A terminal of 80 columns that records what it is sent."""
+    monkeypatch.setenv("TERM", "xterm")
     console = Console(force_terminal=True, width=80, height=40, record=True, color_system="standard", legacy_windows=False)
     monkeypatch.setattr(rich, "get_console", lambda: console)
     return console
@@ -123,3 +126,26 @@ def test_other_processes_show_nothing(view, terminal, capsys):
     log(view, state, **LOGS)
     view.on_train_end(None, state, None)
     assert terminal.export_text() == ""
+
+
+def test_a_dumb_terminal_gets_plain_lines(view, monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(rich, "get_console", lambda: Console(force_terminal=True))
+    state = TrainerState(global_step=0, max_steps=1, log_history=[])
+    view.on_train_begin(None, state, None)
+    state.global_step = 1
+    log(view, state, **LOGS)
+    assert capsys.readouterr().out.startswith("step 1/1  reward 1.25")
+
+
+def test_what_the_libraries_log_stays_above_the_panel(view, terminal):
+    logger, raw = logging.getLogger("a library"), sys.stderr
+    handler = logging.StreamHandler()
+    logger.addHandler(handler)
+    state = TrainerState(global_step=0, max_steps=4, log_history=[])
+    view.on_train_begin(None, state, None)
+    logger.warning("a line of its own")
+    view.on_train_end(None, state, None)
+    logger.removeHandler(handler)
+    assert "a line of its own" in terminal.export_text()
+    assert handler.stream is raw

@@ -123,7 +123,7 @@ def progress_bar(completions: int, name: str, shown: bool = True) -> Iterator[Ca
     """A bar that counts completions, on a terminal only; yields what to call with the number of new ones."""
     console = rich.get_console()
     columns = (TextColumn(f"evaluating {name}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_interactive)) as progress:
         task = progress.add_task(name, total=completions)
         yield lambda new: progress.advance(task, new)
 

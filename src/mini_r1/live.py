@@ -1,6 +1,6 @@
 """A run as it goes, on the terminal: how far it is, how good, and every few seconds a fresh sample with the judge's verdict.
 
-Where the output is no terminal it is plain lines, twenty per run. All figures are those that TensorBoard gets.
+Where the output is no terminal, or a dumb one, it is plain lines, twenty per run. All figures are those that TensorBoard gets.
 """
 
 import atexit
@@ -58,7 +58,7 @@ class LiveView(TrainerCallback):
         # An earlier attempt's seconds count as training, but say nothing about this one's pace.
         self._began, self._printed = (state.global_step, self._clock.train_seconds), state.global_step
         console = rich.get_console()
-        if state.is_world_process_zero and console.is_terminal:
+        if state.is_world_process_zero and console.is_interactive:
             streams = (sys.stdout, sys.stderr)
             self._live = Live(self._panel(state), console=console)
             self._live.start()

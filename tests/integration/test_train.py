@@ -214,7 +214,7 @@ def test_on_a_terminal_a_panel_lives(tmp_path):
     stream = pyte.ByteStream(screen)
     pid, parent_end = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, command(tmp_path / "run"))
+        os.execve(sys.executable, command(tmp_path / "run"), {**os.environ, "TERM": "xterm"})
     fcntl.ioctl(parent_end, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 100, 0, 0))
     with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
         while content := os.read(parent_end, 65536):

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,18 +59,27 @@ def run(root, command):
     return done.stdout
 
 
-def test_the_commands_run(checkout):
-    variables, ran, skipped = "", {}, []
-    for line in command_lines(README) + command_lines(GUIDE):
+def run_document(root, document):
+    """Run the commands of a document in their order; returns what each printed, and which were not run."""
+    variables, printed, skipped = "", {}, []
+    for line in filter(None, command_lines(document)):
         if re.match(r"\w=", line):
             variables = f"{line}; "
         elif any(re.match(pattern, line) for pattern in NOT_RUN):
             skipped.append(line)
-        elif line:
-            ran[line] = run(checkout, variables + line)
-    output = {line.removeprefix(".venv/bin/"): text for line, text in ran.items()}
+        else:
+            printed[line] = run(root, variables + line)
+    return printed, skipped
+
+
+def test_the_commands_run(checkout, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two at a time
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda document: run_document(checkout, document), (README, GUIDE)))
+    ran, skipped = {**results[0][0], **results[1][0]}, results[0][1] + results[1][1]
     assert len(ran) >= 20
     assert len(skipped) == 12
+    output = {line.removeprefix(".venv/bin/"): text for line, text in ran.items()}
     assert "arithmetic claims are true" in output["mini-r1 play runs/tiny-cpu"]
     assert json.loads(output["mini-r1 data check 24.jsonl"])["solvable"] == 233
     assert json.loads((checkout / "eval.json").read_text())["num_puzzles"] == 1000

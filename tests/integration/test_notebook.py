@@ -49,6 +49,7 @@ def test_the_variant_at_3b_gets_as_far_as_the_hub(monkeypatch):
     monkeypatch.chdir(ROOT)
     (cell,) = [cell.source for cell in CODE if cell.source.startswith("AT_3B = False")]
     names = {}
+    # exec is safe here: what it runs is the cell above, which is in this repository.
     exec("from mini_r1.data import load_split, prompt_dataset\nfrom mini_r1.recipe import load_recipe", names)
     with pytest.raises(InputError, match=r"'Jiayi-Pan/Countdown-Tasks-3to4' cannot be loaded from the hub"):
         exec(cell.replace("AT_3B = False", "AT_3B = True"), names)

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 bad input (one clear line, no traceback).
 
 import argparse
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -114,6 +115,10 @@ def _run(recipe: "Recipe") -> None:
     # Trackio reads its folder when it is imported.
     for variable, folder in (("TENSORBOARD_LOGGING_DIR", "tensorboard"), ("TRACKIO_DIR", "trackio"), ("WANDB_DIR", "")):
         os.environ[variable] = str((recipe.run_dir / folder).absolute())
+    if recipe.training.get("use_cpu"):
+        # Two libraries complain at import that they find no GPU and no kernels from the hub.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     server_gpu = take_last_gpu() if owns_server(recipe) and not recipe.training.get("use_cpu") else None
     from mini_r1.train import run
 

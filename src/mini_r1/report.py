@@ -373,6 +373,7 @@ body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.5 sy
 main { max-width: 1120px; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2rem; } h3 { font-size: 1rem; }
 h4 { font-size: .9rem; margin: 0 0 .4rem; font-weight: 600; }
+.steps article { padding: .8rem .6rem; }
 article h2 { margin-top: 0; overflow-wrap: anywhere; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 1rem; }
 .steps { grid-template-columns: repeat(auto-fit, minmax(min(100%, 200px), 1fr)); }
@@ -396,6 +397,7 @@ circle.c2 { fill: var(--c2); } circle.c3 { fill: var(--c3); }
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 small { color: var(--soft); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.45 ui-monospace, monospace; margin: 0; }
+.steps pre { font-size: .8rem; }
 details { margin: .6rem 0; } summary { cursor: pointer; }
 mark { color: inherit; border-radius: 3px; padding: 0 2px; } mark.true { background: var(--true); }
 mark.false { background: var(--false); text-decoration: underline wavy; }

@@ -10,7 +10,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from mini_r1.callbacks import CheckpointMarker, HeldOutEvaluation, RolloutRecorder, TensorBoard, TrainClock
 from mini_r1.model import COMPLETE_MARKER
 from mini_r1.rewards import equation_reward, format_reward
-from mini_r1.samples import ALL_FILE, SOLVED_FILE, Sample, read_samples
+from mini_r1.samples import ALL_FILE, SOLVED_FILE, Sample, read_samples, rewind_samples
 
 COMPLETIONS = ["</think>\n<answer>1+2</answer>", "</think>\n<answer>2-1</answer>"] * 100
 
@@ -51,7 +51,7 @@ def test_a_resumed_run_ends_with_the_same_files(tmp_path):
         feed(straight, step)
     for step in (1, 2, 3):
         feed(resumed, step)
-    resumed.rewind(2)
+    rewind_samples(resumed.folder, 2)
     for step in (3, 4):
         feed(resumed, step)
     for name in (ALL_FILE, SOLVED_FILE):

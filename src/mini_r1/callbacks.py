@@ -20,7 +20,7 @@ from transformers.trainer_callback import ExportableState
 from mini_r1.behaviors import behavior, summarize_behaviors
 from mini_r1.model import COMPLETE_MARKER, STOP_FILE
 from mini_r1.rewards import RewardFunction, completion_text
-from mini_r1.samples import Sample, append_samples, rewind_samples
+from mini_r1.samples import Sample, append_samples
 
 SAMPLE_TEXTS = 20  # per run, in TensorBoard
 
@@ -29,7 +29,7 @@ class RolloutRecorder:
     """Logs how the model behaves, and keeps samples of its completions; `latest` is a fresh one on the main process.
 
     It watches the reward functions, so it sees exactly what was judged. Behaviours are logged over the completions of all ranks;
-    rank 0 keeps samples of its own. A resumed run first drops those after its checkpoint: the files end up as if never interrupted.
+    rank 0 keeps samples of its own. With `rewind_samples` before a resume the files end up as if never interrupted.
     """
 
     def __init__(self, folder: Path):
@@ -42,10 +42,6 @@ class RolloutRecorder:
         """The same reward functions under the same names, observed."""
         self._names = [function.__name__ for function in functions]
         return [self._watched(function) for function in functions]
-
-    def rewind(self, step: int) -> None:
-        """Drop the samples of later steps than the one to resume from."""
-        rewind_samples(self.folder, step)
 
     def _watched(self, function: RewardFunction) -> RewardFunction:
         if inspect.iscoroutinefunction(function):
@@ -110,9 +106,8 @@ class TensorBoard(TensorBoardCallback):
                 self.tb_writer.file_writer.add_summary(summary, 0)
         sample, shown = self._recorder.latest, self._sample
         if sample is not None and (shown is None or sample.step - shown.step >= state.max_steps / SAMPLE_TEXTS):
-            verdict = "solved" if sample.solved else "failed"
             text = "\n".join(f"    {line}" for line in sample.text.strip().splitlines())  # Markdown leaves such lines as they are
-            self.tb_writer.add_text("samples", f"{sample.puzzle}: {verdict}\n\n{text}", sample.step)
+            self.tb_writer.add_text("samples", f"{sample.puzzle}: {sample.verdict}\n\n{text}", sample.step)
             self._sample = sample
 
 

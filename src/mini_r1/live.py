@@ -131,7 +131,7 @@ def sparkline(shares: Sequence[float]) -> str:
 def _shown(sample: Sample) -> list[Text]:
     """A sample's puzzle with the verdict, and its text with the arithmetic marked."""
     title = Text(f"step {sample.step}: {sample.puzzle}  ", style="bold")
-    title.append("solved" if sample.solved else "failed", style="green" if sample.solved else "red")
+    title.append(sample.verdict, style="green" if sample.solved else "red")
     text = Text()
     for part, true in marked(printable(sample.text).strip()):
         text.append(part, style={True: "green", False: "red underline", None: ""}[true])

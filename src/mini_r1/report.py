@@ -346,7 +346,7 @@ def _samples(run: Run) -> str:
     cards = []
     for sample in chosen:
         tags = [
-            "solved" if sample.solved else "failed",
+            sample.verdict,
             *(["first"] if sample is first else []),
             *(["longest"] if sample is longest else []),
         ]
@@ -373,11 +373,11 @@ body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.5 sy
 main { max-width: 1120px; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2rem; } h3 { font-size: 1rem; }
 h4 { font-size: .9rem; margin: 0 0 .4rem; font-weight: 600; }
-.steps article { padding: .8rem .6rem; }
 article h2 { margin-top: 0; overflow-wrap: anywhere; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 1rem; }
 .steps { grid-template-columns: repeat(auto-fit, minmax(min(100%, 200px), 1fr)); }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; min-width: 0; }
+.steps article { padding: .8rem .6rem; }
 .big { font-size: clamp(1.8rem, 8vw, 2.4rem); font-weight: 700; margin: .2rem 0; }
 .from { color: var(--soft); } .to { color: var(--good); }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 1rem; }

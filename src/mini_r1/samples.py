@@ -28,6 +28,10 @@ class Sample:
         return self.rewards.get("equation_reward") == 1.0
 
     @property
+    def verdict(self) -> str:
+        return "solved" if self.solved else "failed"
+
+    @property
     def puzzle(self) -> str:
         return f"make {self.target} from {', '.join(map(str, self.nums))}"
 

@@ -60,6 +60,7 @@ from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import Recipe
 from mini_r1.report import write_report
 from mini_r1.rewards import get_reward_functions
+from mini_r1.samples import rewind_samples
 from mini_r1.vllm_server import VLLMServer
 
 
@@ -98,7 +99,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> dict[str, Any]:
     if is_main:
         data = {"sha256": split.hash, "train": len(dataset), "heldout": len(split.heldout)}
         _open_run(recipe, trainer, data | {"duplicates": split.duplicates, "too_long": too_long}, resumed=checkpoint)
-        recorder.rewind(checkpoint_step(checkpoint) if checkpoint else 0)
+        rewind_samples(recorder.folder, checkpoint_step(checkpoint) if checkpoint else 0)
 
     def evaluate(name: str) -> dict[str, Any]:
         return _evaluate(trainer, recipe, tokenizer, heldout, run_dir / "eval" / f"{name}.json")

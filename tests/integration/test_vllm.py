@@ -58,6 +58,13 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+def train(*arguments, **options):
+    """Run a training to its end; the arguments are those of `command`."""
+    done = subprocess.run(command(*arguments, **options), capture_output=True, text=True, timeout=400, env=environment())
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
 def logp_differences(run_dir):
     """Between vLLM's log-probabilities and the trainer's, step by step: TRL's alarm for stale weights."""
     history = json.loads((run_dir / "trainer_state.json").read_text())["log_history"]
@@ -67,14 +74,7 @@ def logp_differences(run_dir):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_colocated_vllm_follows_the_weights(tmp_path, processes):
-    done = subprocess.run(
-        command(tmp_path / "run", launcher=LAUNCHER if processes > 1 else ()),
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=environment(),
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = train(tmp_path / "run", launcher=LAUNCHER if processes > 1 else ())
     assert "Traceback" not in done.stderr
     differences = logp_differences(tmp_path / "run")
     assert len(differences) == 4
@@ -84,10 +84,7 @@ def test_colocated_vllm_follows_the_weights(tmp_path, processes):
 
 def test_a_resumed_run_generates_with_its_own_weights(tmp_path):
     for steps in (4, 6):
-        done = subprocess.run(
-            command(tmp_path / "run", max_steps=steps), capture_output=True, text=True, timeout=400, env=environment()
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        done = train(tmp_path / "run", max_steps=steps)
     assert "resuming from" in done.stdout
     differences = logp_differences(tmp_path / "run")
     assert len(differences) == 6
@@ -95,10 +92,7 @@ def test_a_resumed_run_generates_with_its_own_weights(tmp_path):
 
 
 def test_the_alarm_for_stale_weights_works(tmp_path):
-    done = subprocess.run(
-        command(tmp_path / "run", "--stale-weights"), capture_output=True, text=True, timeout=400, env=environment()
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    train(tmp_path / "run", "--stale-weights")
     first, *later = logp_differences(tmp_path / "run")
     assert first < 0.01
     assert min(later) > 0.02
@@ -170,10 +164,7 @@ def test_kill_9_of_the_trainer_leaves_no_server(training):
 
 
 def test_a_finished_run_ends_its_server(tmp_path):
-    done = subprocess.run(
-        command(tmp_path / "run", vllm_mode="server"), capture_output=True, text=True, timeout=400, env=environment()
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = train(tmp_path / "run", vllm_mode="server")
     assert "starting vLLM on the CPU; its log is" in done.stdout
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(tmp_path) not in listed
@@ -190,16 +181,8 @@ def test_a_given_server_is_used_and_left_alone(tmp_path):
         [str(PYTHON), *server_command(recipe, port)], stdout=log, stderr=log, env=variables, start_new_session=True
     )
     try:
-        done = subprocess.run(
-            command(
-                tmp_path / "run", vllm_mode="server", vllm_server_base_url=f"http://127.0.0.1:{port}", vllm_server_timeout=120.0
-            ),
-            capture_output=True,
-            text=True,
-            timeout=400,
-            env=environment(),
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        url = f"http://127.0.0.1:{port}"
+        done = train(tmp_path / "run", vllm_mode="server", vllm_server_base_url=url, vllm_server_timeout=120.0)
         assert "starting vLLM" not in done.stdout
         assert server.poll() is None
         assert not (tmp_path / "run" / "logs").exists()

@@ -1,4 +1,7 @@
-"""The report of a real run in a real, headless Chromium: it renders, its filters work, and a completion cannot touch it."""
+"""The report of a real run in a real, headless Chromium.
+
+It renders, its filters work, and a completion cannot touch it.
+"""
 
 import json
 import re
@@ -10,20 +13,35 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mini_r1.report import CHARTS, write_report
+from mini_r1.metrics import CHARTS, METRICS
+from mini_r1.report.page import write_report
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: run make test-all")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: run make test-all"),
+]
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    options = "--max_steps 4 --save_steps 2 --per_device_train_batch_size 16 --num_generations 4 --max_completion_length 40"
-    options += " --num_puzzles 500 --num_eval_puzzles 20 --num_eval_samples 2"
-    command = [sys.executable, "-m", "mini_r1", "train", str(ROOT / "recipes" / "tiny-cpu.yaml"), "--output_dir", str(folder)]
+    options = (
+        "--max_steps 4 --save_steps 2 --per_device_train_batch_size 16 --num_generations 4 "
+        "--max_completion_length 40 "
+        "--num_puzzles 500 --num_eval_puzzles 20 --num_eval_samples 2"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "mini_r1",
+        "train",
+        str(ROOT / "recipes" / "tiny-cpu.yaml"),
+        "--output_dir",
+        str(folder),
+    ]
     subprocess.run([*command, *options.split()], check=True, capture_output=True, timeout=300)
     assert (folder / "report.html").stat().st_size < 3_000_000
     return folder
@@ -74,36 +92,48 @@ def test_it_renders_without_errors_or_requests(run_dir, opened, width, scheme):
 
 def test_its_numbers_are_those_of_eval_and_tensorboard(run_dir, opened):
     page, _, _ = opened(run_dir / "report.html")
-    before, after = (json.loads((run_dir / "eval" / f"{name}.json").read_text()) for name in ("before", "after"))
+    before, after = (
+        json.loads((run_dir / "eval" / f"{name}.json").read_text()) for name in ("before", "after")
+    )
     headline = " ".join(page.locator(".big").inner_text().split())
     assert headline.startswith(f"{before['success']:.1%} →")
     assert headline.endswith(f"{after['success']:.1%}")
     scalars = EventAccumulator(str(run_dir / "tensorboard"), {"scalars": 0}).Reload()
-    for title, key in CHARTS.values():
-        label = page.locator(f'svg[aria-label^="{title}."]').get_attribute("aria-label")
+    for metric in (METRICS[name] for name in CHARTS):
+        label = page.locator(f'svg[aria-label^="{metric.title}."]').get_attribute("aria-label")
         shown = re.search(r"from (\S+) to (\S+), between (\S+) and ([\d.e-]*\d)", label).groups()
-        values = [event.value for event in scalars.Scalars(f"train/{key}")]
+        values = [event.value for event in scalars.Scalars(f"train/{metric.key}")]
         expected = [values[0], values[-1], min(values), max(values)]
-        assert [float(value) for value in shown] == pytest.approx(expected, rel=0.01, abs=1e-9), title
+        assert [float(value) for value in shown] == pytest.approx(expected, rel=0.01, abs=1e-9), (
+            metric.title
+        )
     held_out = {event.step: event.value for event in scalars.Scalars("eval/success")}
     assert held_out == pytest.approx({0: before["success"], 4: after["success"]})
     label = page.locator('svg[aria-label^="Success"]').get_attribute("aria-label")
-    assert re.findall(r"held-out at step (\d+): ([\d.]*\d)", label) == [(str(step), f"{v:.3g}") for step, v in held_out.items()]
+    assert re.findall(r"held-out at step (\d+): ([\d.]*\d)", label) == [
+        (str(step), f"{v:.3g}") for step, v in held_out.items()
+    ]
 
 
 def test_its_table_is_that_of_eval(run_dir, opened):
     page, _, _ = opened(run_dir / "report.html")
-    before, after = (json.loads((run_dir / "eval" / f"{name}.json").read_text()) for name in ("before", "after"))
+    before, after = (
+        json.loads((run_dir / "eval" / f"{name}.json").read_text()) for name in ("before", "after")
+    )
     expected = {f"pass@{k}": [before["pass_at"][k], after["pass_at"][k]] for k in after["pass_at"]}
     for measure, groups in after["by_difficulty"].items():
         for value in groups:
             both = [one["by_difficulty"][measure][value] for one in (before, after)]
-            expected[f"{measure.replace('_', ' ')}: {value}"] = [x for one in both for x in (one["success"], *one["ci95"])]
+            expected[f"{measure.replace('_', ' ')}: {value}"] = [
+                x for one in both for x in (one["success"], *one["ci95"])
+            ]
     found = {}
     for row in page.locator("tbody tr").all():
         cells = " ".join(row.locator("td").all_inner_texts())
         found[row.locator("th").inner_text()] = re.findall(r"[\d.]+(?=%)", cells)
-    assert found == {name: [f"{100 * value:.1f}" for value in values] for name, values in expected.items()}
+    assert found == {
+        name: [f"{100 * value:.1f}" for value in values] for name, values in expected.items()
+    }
 
 
 def test_samples_can_be_filtered(run_dir, opened):

@@ -10,10 +10,21 @@ import yaml
 
 from mini_r1 import InputError
 from mini_r1.cli import main
-from mini_r1.report import CHARTS, MAX_SAMPLES, ORIGINAL_MILESTONES, ORIGINAL_NAME, load_run, render, write_report
+from mini_r1.metrics import CHARTS, METRICS
+from mini_r1.report.page import (
+    MAX_SAMPLES,
+    ORIGINAL_MILESTONES,
+    ORIGINAL_NAME,
+    render,
+    write_report,
+)
+from mini_r1.run import load_run
 
-ROOT = Path(__file__).parents[1]
-HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\n1+1=3, 2+2=4\n</think>\n<answer>\"'&</answer>"
+ROOT = Path(__file__).parents[2]
+HOSTILE = (
+    "<script>alert(1)</script><img src=x onerror=alert(2)>\n"
+    "1+1=3, 2+2=4\n</think>\n<answer>\"'&</answer>"
+)
 
 
 def evaluation(step, success, completion="1+1=2\n</think>\n<answer>1+1</answer>"):
@@ -38,19 +49,29 @@ def evaluation(step, success, completion="1+1=2\n</think>\n<answer>1+1</answer>"
 def write_samples(run_dir, samples):
     entry = '==== step {} nums [1, 1] target 2 rewards {{"equation_reward": {}}}\n<think>\n{}\n\n'
     (run_dir / "samples").mkdir(exist_ok=True)
-    (run_dir / "samples" / "completion_samples.txt").write_text("".join(entry.format(*sample) for sample in samples))
+    (run_dir / "samples" / "completion_samples.txt").write_text(
+        "".join(entry.format(*sample) for sample in samples)
+    )
 
 
 @pytest.fixture
 def run_dir(tmp_path):
     folder = tmp_path / "my <run>"
-    for name, content in (("before", evaluation(0, 0.238)), ("after", evaluation(4, 0.933, HOSTILE))):
+    for name, content in (
+        ("before", evaluation(0, 0.238)),
+        ("after", evaluation(4, 0.933, HOSTILE)),
+    ):
         (folder / "eval").mkdir(parents=True, exist_ok=True)
         (folder / "eval" / f"{name}.json").write_text(json.dumps(content))
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"model_name_or_path": "tiny_base", "max_steps": 4}))
+    (folder / "recipe.yaml").write_text(
+        yaml.safe_dump({"model_name_or_path": "tiny_base", "max_steps": 4})
+    )
     (folder / "manifest.json").write_text(json.dumps({"versions": {"trl": "1.16.0"}}))
-    keys = [key for _, key in CHARTS.values()]
-    history = [{"step": step, **{key: step * (index + 1) / 100 for index, key in enumerate(keys)}} for step in range(1, 5)]
+    keys = [METRICS[name].key for name in CHARTS]
+    history = [
+        {"step": step, **{key: step * (index + 1) / 100 for index, key in enumerate(keys)}}
+        for step in range(1, 5)
+    ]
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     write_samples(folder, [(step, float(step == 3), HOSTILE) for step in range(1, 5)])
     return folder
@@ -70,7 +91,10 @@ def test_the_numbers_are_those_of_the_records(run_dir):
     assert "34% of them need only + and −" in text
     labels = [unescape(label) for label in re.findall(r'role="img" aria-label="([^"]+)"', page)]
     assert len(labels) == len(CHARTS)
-    assert labels[0].startswith("Success: sampled completions that are right. my <run>: from 0.01 to 0.04, between 0.01 and 0.04;")
+    assert labels[0].startswith(
+        "Success: sampled completions that are right. "
+        "my <run>: from 0.01 to 0.04, between 0.01 and 0.04;"
+    )
     assert "held-out at step 0: 0.238" in labels[0]
     assert "held-out at step 4: 0.933" in labels[0]
 
@@ -91,8 +115,17 @@ def test_nothing_is_loaded_from_anywhere(run_dir):
     assert "default-src 'none'" in page
 
 
+def test_what_a_model_writes_is_shown_as_it_is(run_dir):
+    page = render([load_run(run_dir)], {})
+    shown = [text_of(each) for each in re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)]
+    assert shown.count(HOSTILE.replace("1+1=3", "1+1=3 (false)")) == 5  # four samples, one example
+
+
 def test_samples_are_few_but_hold_the_first_solved_and_the_longest(run_dir):
-    write_samples(run_dir, [(step, float(step == 501), "x" * (9 if step == 777 else 5)) for step in range(1, 1001)])
+    write_samples(
+        run_dir,
+        [(step, float(step == 501), "x" * (9 if step == 777 else 5)) for step in range(1, 1001)],
+    )
     page = render([load_run(run_dir)], {})
     assert page.count('class="sample"') <= MAX_SAMPLES + 2
     assert 'data-tags="solved first"' in page
@@ -103,7 +136,8 @@ def test_runs_side_by_side_and_a_published_curve(run_dir, tmp_path):
     reference = tmp_path / "published.csv"
     reference.write_text("run,step,equation_reward,unknown\nmain,0,0.1,9\nmain,8,0.5,9\n")
     output = tmp_path / "both.html"
-    assert main(["report", str(run_dir), str(run_dir), "--output", str(output), "--reference", str(reference)]) == 0
+    options = ["--output", str(output), "--reference", str(reference)]
+    assert main(["report", str(run_dir), str(run_dir), *options]) == 0
     page = output.read_text()
     assert page.count("<article><h2>") == 2
     assert "published: main: from 0.1 to 0.5" in page
@@ -119,7 +153,9 @@ def test_an_unfinished_run_is_shown_as_such(run_dir):
 
 def test_the_originals_milestones_stand_beside_runs_of_its_model(run_dir):
     assert ORIGINAL_NAME not in render([load_run(run_dir)], {})
-    (run_dir / "recipe.yaml").write_text(yaml.safe_dump({"model_name_or_path": "Qwen/Qwen2.5-3B-Instruct", "max_steps": 450}))
+    (run_dir / "recipe.yaml").write_text(
+        yaml.safe_dump({"model_name_or_path": "Qwen/Qwen2.5-3B-Instruct", "max_steps": 450})
+    )
     page = render([load_run(run_dir)], {})
     marks = {key: sum(step <= 450 for step in marks) for key, marks in ORIGINAL_MILESTONES.items()}
     assert page.count('circle class="ref"') == sum(marks.values())
@@ -131,11 +167,18 @@ def test_the_originals_milestones_stand_beside_runs_of_its_model(run_dir):
 def test_the_milestones_are_the_published_curve():
     with (ROOT / "docs" / "records" / "original-3b-runs.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["run"] == "main"]
-    columns = {"success": "equation_reward", "format": "format_reward", "tokens": "completion_tokens"}
+    columns = {
+        "success": "equation_reward",
+        "format": "format_reward",
+        "tokens": "completion_tokens",
+    }
     for key, marks in ORIGINAL_MILESTONES.items():
         for step, value in marks.items():
             near = [float(row[columns[key]]) for row in rows if abs(int(row["step"]) - step) <= 10]
-            assert fmean(near) == pytest.approx(value, abs=0.5 if key == "tokens" else 0.005), (key, step)
+            assert fmean(near) == pytest.approx(value, abs=0.5 if key == "tokens" else 0.005), (
+                key,
+                step,
+            )
 
 
 @pytest.mark.parametrize(

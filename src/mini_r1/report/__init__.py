@@ -1,0 +1,1 @@
+"""What runs and sweeps recorded, to look at: one HTML page, Markdown tables, figures."""

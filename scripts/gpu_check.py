@@ -1,11 +1,12 @@
-"""One command for a machine with one GPU and no internet: does GRPO run here, how long is a step, how much memory does it take?
+"""One command for a machine with one GPU and no internet: does GRPO run, how fast, how large?
 
     make gpu-check          # or: python scripts/gpu_check.py --output gpu-check.json
 
-Runs the real training entry point with generation by transformers and, where vLLM is installed, by colocated vLLM: on the
-embedded base in bf16, and on random weights in the shape of Qwen2.5-3B, for which nothing is downloaded. Random weights write
-noise, so every completion runs to its full length: the worst case. Without a GPU the second shape is tiny and the figures mean
-nothing, but all of it runs.
+Says how long a step is and how much memory it takes. Runs the real training entry point with
+generation by transformers and, where vLLM is installed, by colocated vLLM: on the embedded base in
+bf16, and on random weights in the shape of Qwen2.5-3B, for which nothing is downloaded. Random
+weights write noise, so every completion runs to its full length: the worst case. Without a GPU the
+second shape is tiny and the figures mean nothing, but all of it runs.
 """
 
 import argparse
@@ -20,9 +21,10 @@ from statistics import fmean
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from mini_r1.manifest import hardware, versions, write_json
+from mini_r1.launch.memory import QWEN, Shape
+from mini_r1.manifest import hardware, versions
 from mini_r1.model import model_path
-from mini_r1.plan import QWEN, Shape
+from mini_r1.run import STATE_FILE, load_summary, write_json
 
 ROOT = Path(__file__).parents[1]
 STEPS = 4  # the first one warms up and does not count
@@ -43,7 +45,9 @@ COMMON = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", default="gpu-check.json", type=Path, help="default: %(default)s")
+    parser.add_argument(
+        "--output", default="gpu-check.json", type=Path, help="default: %(default)s"
+    )
     output = parser.parse_args().output
     on_gpu = torch.cuda.is_available()
     generators = ["transformers", *(["vllm"] if on_gpu and find_spec("vllm") else [])]
@@ -69,7 +73,10 @@ def main() -> None:
 
 
 def make_random_model(folder: Path, shape: Shape) -> Path:
-    """Random weights in a shape, with the embedded base's tokenizer, whose ids are the first of the vocabulary."""
+    """Random weights in a shape, with the tokenizer of an embedded base.
+
+    Its ids are the first of the vocabulary.
+    """
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(model_path("tiny_base_hard"))
     config = Qwen2Config(
@@ -89,9 +96,15 @@ def make_random_model(folder: Path, shape: Shape) -> Path:
 
 
 def random_case(model: Path, on_gpu: bool) -> tuple[str, dict]:
-    """The recipe for one 80 GB GPU with a third of its batch; on a CPU the default recipe with a tiny batch."""
+    """The recipe for one 80 GB GPU with a third of its batch.
+
+    On a CPU the default recipe with a tiny batch.
+    """
     if on_gpu:
-        return "grpo-qwen-2.5-3b-1gpu.yaml", {"model_name_or_path": model, "gradient_accumulation_steps": 8}
+        return "grpo-qwen-2.5-3b-1gpu.yaml", {
+            "model_name_or_path": model,
+            "gradient_accumulation_steps": 8,
+        }
     return "tiny-cpu.yaml", {
         "model_name_or_path": model,
         "per_device_train_batch_size": 8,
@@ -107,18 +120,19 @@ def measure(recipe: Path, changes: dict, run_dir: Path) -> dict:
     arguments = []
     for key, value in {**changes, "output_dir": run_dir}.items():
         arguments += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    command = [sys.executable, str(ROOT / "scripts" / "run_r1_grpo.py"), "--config", str(recipe), *arguments]
+    script = str(ROOT / "scripts" / "run_r1_grpo.py")
+    command = [sys.executable, script, "--config", str(recipe), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-5:]}
-    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    history = json.loads((run_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    steps = [entry for entry in history if "step_time" in entry]
+    summary = load_summary(run_dir)
+    state = json.loads((run_dir / STATE_FILE).read_text(encoding="utf-8"))
+    steps = [entry for entry in state["log_history"] if "step_time" in entry]
+    length = "completions/mean_length"
+    tokens = fmean(entry[length] for entry in steps if length in entry)
     return {
         "seconds_per_step": round(fmean(entry["step_time"] for entry in steps[1:]), 3),
-        "mean_completion_tokens": round(
-            fmean(entry["completions/mean_length"] for entry in steps if "completions/mean_length" in entry), 1
-        ),
+        "mean_completion_tokens": round(tokens, 1),
         "peak_gpu_memory_gib": summary.get("peak_gpu_memory_gib"),
     }
 

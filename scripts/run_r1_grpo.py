@@ -1,8 +1,16 @@
-"""Train a model on Countdown with GRPO, alone or under accelerate launch: run_r1_grpo.py --config RECIPE [--key value ...]"""
+"""Train a model on Countdown with GRPO, alone or under accelerate launch.
 
+python scripts/run_r1_grpo.py --config RECIPE [--key value ...]
+"""
+
+import argparse
 import sys
 
-from mini_r1.cli import train_script
+from mini_r1.cli import exit_code, train_here
+from mini_r1.recipe import load_recipe
 
 if __name__ == "__main__":
-    sys.exit(train_script())
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="a YAML recipe")
+    args, overrides = parser.parse_known_args()
+    sys.exit(exit_code(lambda: train_here(load_recipe(args.config, overrides))))

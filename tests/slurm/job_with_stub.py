@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from mini_r1 import slurm
+from mini_r1.launch import slurm
 
 if __name__ == "__main__":
     slurm.TRAINING_SCRIPT = Path(__file__).with_name("train_beside_stub.py")

@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
-# minislurm.sh up|down|status DIR     a throw-away SLURM cluster on one host, for the tests: no systemd, no root-owned paths
-#   NODES=2 CPUS=8 GPUS=4 AUTH=munge|none  PORT=17000  NS=0|1 (own hostname + /etc/hosts per node; non-root needs user namespaces)
+# minislurm.sh up|down|status DIR     a throw-away SLURM cluster on one host, for the tests: no
+# systemd, no root-owned paths
+#   NODES=2 CPUS=8 GPUS=4 AUTH=munge|none  PORT=17000
+#   NS=0|1 (own hostname + /etc/hosts per node; non-root needs user namespaces)
 # After `up`: . DIR/env      (exports SLURM_CONF)
 set -euo pipefail
 cmd=${1:?up|down|status}; D=$(realpath -m "${2:?dir}")
-NODES=${NODES:-2} CPUS=${CPUS:-8} GPUS=${GPUS:-4} AUTH=${AUTH:-munge} PORT=${PORT:-17000} NS=${NS:-0} ME=$(id -un)
+NODES=${NODES:-2} CPUS=${CPUS:-8} GPUS=${GPUS:-4} AUTH=${AUTH:-munge} PORT=${PORT:-17000}
+NS=${NS:-0} ME=$(id -un)
 PATH=$PATH:/usr/sbin:/sbin
 stop() {  # pid files only: never kill by name
   local f p
   if [ -s "$D/run/slurmctld.pid" ] && kill -0 "$(cat "$D/run/slurmctld.pid")" 2>/dev/null; then
-    export SLURM_CONF=$D/slurm.conf   # drain jobs first: a stopped slurmd leaves its slurmstepd and tasks behind
+    # Drain jobs first: a stopped slurmd leaves its slurmstepd and tasks behind.
+    export SLURM_CONF=$D/slurm.conf
     timeout 5 scancel -u "$ME" 2>/dev/null || true
     for _ in $(seq 100); do [ -z "$(timeout 5 squeue -h 2>/dev/null)" ] && break; sleep 0.1; done
   fi
@@ -35,7 +39,8 @@ CredType=cred/munge"
 else auth="AuthType=auth/none
 CredType=cred/none"; fi
 V=$(slurmd -V); V=${V##* }; V=${V%%.*}   # "slurm-wlm 22.05.8" -> 22
-preempt=SlurmctldParameters=preempt_send_user_signal; [ "$V" -lt 24 ] || preempt=PreemptParameters=send_user_signal
+preempt=SlurmctldParameters=preempt_send_user_signal
+[ "$V" -lt 24 ] || preempt=PreemptParameters=send_user_signal
 for ((i=0;i<GPUS;i++)); do ln -sfn /dev/null "$D/dev/fakegpu$i"; done
 gres=""; [ "$GPUS" -gt 0 ] && gres="Gres=gpu:$GPUS"
 cat > "$D/slurm.conf" <<CONF
@@ -72,14 +77,16 @@ JobRequeue=1
 JobCompType=jobcomp/filetxt
 JobCompLoc=$D/log/jobcomp.log
 GresTypes=gpu
-NodeName=node[1-$NODES] NodeHostname=localhost Port=[$((PORT+1))-$((PORT+NODES))] CPUs=$CPUS RealMemory=16000 $gres State=UNKNOWN
+NodeName=node[1-$NODES] NodeHostname=localhost Port=[$((PORT+1))-$((PORT+NODES))] \
+CPUs=$CPUS RealMemory=16000 $gres State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10
 PartitionName=low  Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=5
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
 CONF
 cat > "$D/gres.conf" <<CONF
 AutoDetect=off
-$( [ "$GPUS" -gt 0 ] && echo "NodeName=node[1-$NODES] Name=gpu Flags=nvidia_gpu_env File=$D/dev/fakegpu[0-$((GPUS-1))]" )
+$( [ "$GPUS" -gt 0 ] && \
+  echo "NodeName=node[1-$NODES] Name=gpu Flags=nvidia_gpu_env File=$D/dev/fakegpu[0-$((GPUS-1))]" )
 CONF
 rm -f "$D/cgroup.conf"; [ "$V" -lt 24 ] || echo "CgroupPlugin=disabled" > "$D/cgroup.conf"
 echo "export SLURM_CONF=$D/slurm.conf" > "$D/env"
@@ -90,7 +97,8 @@ for ((i=1;i<=NODES;i++)); do
   if [ "$NS" = 1 ]; then
     { cat /etc/hosts; for ((j=1;j<=NODES;j++)); do echo "127.0.0.1 node$j"; done; } > "$D/hosts"
     NSU=""; [ "$(id -u)" = 0 ] || NSU="--map-current-user --keep-caps"
-    unshare $NSU --uts --mount bash -c "hostname node$i; mount --bind '$D/hosts' /etc/hosts; exec slurmd -N node$i"
+    unshare $NSU --uts --mount bash -c \
+      "hostname node$i; mount --bind '$D/hosts' /etc/hosts; exec slurmd -N node$i"
   else slurmd -N node$i; fi
 done
 for _ in $(seq 100); do

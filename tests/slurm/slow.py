@@ -1,4 +1,7 @@
-"""A reward that changes nothing but takes its time, so that a run outlasts SLURM's clock, which ticks every 30 seconds."""
+"""A reward that changes nothing but takes its time.
+
+With it a run outlasts SLURM's clock, which ticks every 30 seconds.
+"""
 
 import time
 

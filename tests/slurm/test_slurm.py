@@ -1,7 +1,7 @@
 """Jobs on a real two-node SLURM cluster on this machine, with fake GPUs: `make test-slurm`.
 
-The trainer is the real one, on the embedded base, over gloo. Where a job has a node for vLLM, a stub answers there, since the real
-server needs a GPU, and transformers generates.
+The trainer is the real one, on the embedded base, over gloo. Where a job has a node for vLLM, a
+stub answers there, since the real server needs a GPU, and transformers generates.
 """
 
 import json
@@ -15,15 +15,20 @@ from pathlib import Path
 
 import pytest
 
-from mini_r1.model import COMPLETE_MARKER
+from mini_r1.model import model_path
+from mini_r1.run import COMPLETE_MARKER, MANIFEST_FILE, SUMMARY_FILE
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 RECIPE = HERE / "short.yaml"
+SCRIPT = "scripts/slurm/train.sbatch"
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not all(shutil.which(name, path=PATH) for name in ("sbatch", "munged")), reason="run make test-slurm"),
+    pytest.mark.skipif(
+        not all(shutil.which(name, path=PATH) for name in ("sbatch", "munged")),
+        reason="run make test-slurm",
+    ),
 ]
 SERVED = ["--use_vllm", "true", "--vllm_mode", "server"]
 
@@ -43,18 +48,21 @@ class Cluster:
         self.env["SLURM_CONF"] = str(folder / "slurm.conf")
 
     def manage(self, what):
-        subprocess.run([HERE / "minislurm.sh", what, self.folder], env=self.env, check=True, timeout=60)
+        subprocess.run(
+            [HERE / "minislurm.sh", what, self.folder], env=self.env, check=True, timeout=60
+        )
 
-    def call(self, *command):
-        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60, check=True, cwd=ROOT).stdout
+    def call(self, *command, env=()):
+        env = {**self.env, **dict(env)}
+        return subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
+        ).stdout
 
     def submit(self, run_dir, *arguments, options=(), env=()):
         """Submit the wrapper script and return the job's id; its log lies beside the run folder."""
-        script = ["scripts/slurm/train.sbatch", str(RECIPE), "--output_dir", str(run_dir), *arguments]
-        command = ["sbatch", "--parsable", "--nodes=2", "--time=10", f"--output={run_dir}.out", *options, *script]
-        environment = {**self.env, **dict(env)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True, cwd=ROOT)
-        return done.stdout.strip()
+        script = [SCRIPT, str(RECIPE), "--output_dir", str(run_dir), *arguments]
+        job = ["--parsable", "--nodes=2", "--time=10", f"--output={run_dir}.out", *options]
+        return self.call("sbatch", *job, *script, env=env).strip()
 
     def submit_served(self, run_dir, *arguments, **kwargs):
         """The same with a node for vLLM."""
@@ -67,11 +75,11 @@ class Cluster:
         # A requeued job waits two minutes by itself.
         if "JobState=PENDING" in shown and "Reason=BeginTime" in shown:
             self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
-        return (
-            re.search(r"JobState=(\w+)", shown)[1],
-            re.search(r" ExitCode=(\d+)", shown)[1],
-            int(re.search(r"Restarts=(\d+)", shown)[1]),
+        state, code, restarts = (
+            re.search(pattern, shown)[1]
+            for pattern in (r"JobState=(\w+)", r" ExitCode=(\d+)", r"Restarts=(\d+)")
         )
+        return state, code, int(restarts)
 
     def wait(self, job, *states, seconds=150):
         deadline = time.monotonic() + seconds
@@ -81,16 +89,19 @@ class Cluster:
         return found
 
     def finish(self, job, seconds=150):
-        return self.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=seconds)
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        return self.wait(job, *ends, seconds=seconds)
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    folder = Path("/tmp") / f"minislurm-{os.getpid()}"  # munge wants a path that everybody may cross
+    # munge wants a path that everybody may cross.
+    folder = Path("/tmp") / f"minislurm-{os.getpid()}"
     cluster = Cluster(folder)
     yield cluster
     cluster.manage("down")
-    left = [name for name in ("slurmctld", "slurmd.node1", "slurmd.node2", "munged") if (folder / "run" / f"{name}.pid").exists()]
+    daemons = ("slurmctld", "slurmd.node1", "slurmd.node2", "munged")
+    left = [name for name in daemons if (folder / "run" / f"{name}.pid").exists()]
     shutil.rmtree(folder, ignore_errors=True)
     assert not left
 
@@ -121,49 +132,56 @@ def log_of(run_dir):
 
 
 def assert_same_weights(run_dir, straight):
-    assert (run_dir / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    one, other = (folder / "model.safetensors" for folder in (run_dir, straight))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def world_size(run_dir):
+    return json.loads((run_dir / MANIFEST_FILE).read_text())["hardware"]["world_size"]
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_the_script_is_accepted(cluster, nodes):
-    script = ["scripts/slurm/train.sbatch", str(RECIPE)]
-    cluster.call("sbatch", "--test-only", f"--nodes={nodes}", "--gpus-per-node=4", *script)
+    options = ["--test-only", f"--nodes={nodes}", "--gpus-per-node=4"]
+    cluster.call("sbatch", *options, SCRIPT, str(RECIPE))
 
 
 def test_a_job_from_elsewhere_is_told_where_to_submit(cluster, runs):
-    command = [
-        "sbatch",
-        "--parsable",
-        f"--chdir={runs}",
-        f"--output={runs}/elsewhere.out",
-        str(ROOT / "scripts/slurm/train.sbatch"),
-        str(RECIPE),
-    ]
+    options = ["--parsable", f"--chdir={runs}", f"--output={runs}/elsewhere.out"]
+    command = ["sbatch", *options, str(ROOT / SCRIPT), str(RECIPE)]
     env = {key: value for key, value in cluster.env.items() if key != "MINI_R1_PYTHON"}
-    job = subprocess.run(command, env=env, cwd=runs, capture_output=True, text=True, check=True).stdout.strip()
+    job = subprocess.run(
+        command, env=env, cwd=runs, capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert cluster.finish(job)[:2] == ("FAILED", "2")
     assert "submit from the root of the checkout" in (runs / "elsewhere.out").read_text()
 
 
 def test_two_nodes_train_together(straight):
-    assert json.loads((straight / "manifest.json").read_text())["hardware"]["world_size"] == 2
+    assert world_size(straight) == 2
     assert "training on node1, node2" in log_of(straight)
     logs = straight / "logs" / "latest"
-    assert {path.name for path in logs.iterdir()} == {"env.txt", "train-0.log", "train-1.log", "ranks"}
+    written = {path.name for path in logs.iterdir()}
+    assert written == {"env.txt", "train-0.log", "train-1.log", "ranks"}
     assert {path.name for path in (logs / "ranks").iterdir()} == {"node0", "node1"}
     assert len(list(logs.glob("ranks/**/stderr.log"))) == 2
 
 
 def test_one_node_does_what_train_does_there(cluster, runs):
-    job = cluster.submit(runs / "one", "--max_steps", "2", options=["--nodes=1"], env=[("WANDB_API_KEY", "hidden")])
-    assert cluster.finish(job)[:2] == ("COMPLETED", "0"), log_of(runs / "one")
-    assert json.loads((runs / "one" / "manifest.json").read_text())["hardware"]["world_size"] == 1
-    env = (runs / "one" / "logs" / "latest" / "env.txt").read_text()
+    run_dir, secret = runs / "one", [("WANDB_API_KEY", "hidden")]
+    job = cluster.submit(run_dir, "--max_steps", "2", options=["--nodes=1"], env=secret)
+    assert cluster.finish(job)[:2] == ("COMPLETED", "0"), log_of(run_dir)
+    assert world_size(run_dir) == 1
+    env = (run_dir / "logs" / "latest" / "env.txt").read_text()
     assert "WANDB_API_KEY=<redacted>" in env
     assert "hidden" not in env
 
 
-@pytest.mark.parametrize("signal", [["-b", "-s", "USR1"], ["-s", "TERM"]], ids=["USR1 to the batch process", "TERM to the steps"])
+@pytest.mark.parametrize(
+    "signal",
+    [["-b", "-s", "USR1"], ["-s", "TERM"]],
+    ids=["USR1 to the batch process", "TERM to the steps"],
+)
 def test_a_signal_pauses_requeues_and_resumes_bit_for_bit(cluster, runs, straight, signal):
     run_dir = runs / f"signal-{signal[-1]}"
     job = cluster.submit(run_dir)
@@ -171,7 +189,8 @@ def test_a_signal_pauses_requeues_and_resumes_bit_for_bit(cluster, runs, straigh
     cluster.call("scancel", *signal, job)
     assert cluster.finish(job) == ("COMPLETED", "0", 1), log_of(run_dir)
     assert "requeueing" in log_of(run_dir)
-    assert {path.name for path in (run_dir / "logs").iterdir()} == {f"{job}.0", f"{job}.1", "latest"}
+    logs = {path.name for path in (run_dir / "logs").iterdir()}
+    assert logs == {f"{job}.0", f"{job}.1", "latest"}
     assert_same_weights(run_dir, straight)
 
 
@@ -179,9 +198,8 @@ def test_a_preempted_job_saves_and_comes_back(cluster, runs, straight):
     run_dir = runs / "preempted"
     job = cluster.submit(run_dir, options=["--partition=low"])
     wait_for_checkpoint(run_dir)
-    other = cluster.call(
-        "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"
-    )
+    options = ["--parsable", "--partition=high", "--nodes=2", "--exclusive"]
+    other = cluster.call("sbatch", *options, "--output=/dev/null", "--wrap=sleep 1")
     assert cluster.finish(other.strip())[0] == "COMPLETED"
     state, _, restarts = cluster.finish(job)
     assert (state, restarts > 0) == ("COMPLETED", True), log_of(run_dir)
@@ -208,12 +226,14 @@ def test_a_failing_trainer_fails_the_job_and_ends_the_server(cluster, runs):
 
 
 def test_a_server_that_does_not_come_up_fails_the_job_at_once(cluster, runs):
-    (runs / "broken-model").mkdir()
-    shutil.copy(ROOT / "src" / "mini_r1" / "tiny_base" / "config.json", runs / "broken-model")
-    job = cluster.submit_served(runs / "no-server", "--model_name_or_path", str(runs / "broken-model"))
+    model, run_dir = runs / "broken-model", runs / "no-server"
+    model.mkdir()
+    shutil.copy(Path(model_path("tiny_base")) / "config.json", model)
+    job = cluster.submit_served(run_dir, "--model_name_or_path", str(model))
     assert cluster.finish(job, seconds=30)[:2] == ("FAILED", "1")
-    assert "the vLLM server on node2 did not come up" in log_of(runs / "no-server")
-    assert "this model breaks me" in "".join(path.read_text() for path in (runs / "no-server" / "logs" / "latest").glob("server-*"))
+    assert "the vLLM server on node2 did not come up" in log_of(run_dir)
+    logs = (run_dir / "logs" / "latest").glob("server-*")
+    assert "this model breaks me" in "".join(path.read_text() for path in logs)
 
 
 def test_a_server_that_dies_lets_the_trainer_save_and_the_job_come_back(cluster, runs):
@@ -224,7 +244,7 @@ def test_a_server_that_dies_lets_the_trainer_save_and_the_job_come_back(cluster,
     cluster.call("scancel", "-s", "KILL", f"{job}.0")
     assert cluster.finish(job) == ("COMPLETED", "0", 1), log_of(run_dir)
     assert "the vLLM server ended" in log_of(run_dir)
-    assert (run_dir / "summary.json").exists()
+    assert (run_dir / SUMMARY_FILE).exists()
 
 
 def test_a_time_limit_pauses_in_time_and_the_run_ends_as_if_there_was_none(cluster, runs, straight):
@@ -232,9 +252,11 @@ def test_a_time_limit_pauses_in_time_and_the_run_ends_as_if_there_was_none(clust
     slowly = ["--reward_funcs", "format", "equation", "tests.slurm.slow.nothing"]
     job = cluster.submit(run_dir, *slowly, options=["--signal=B:USR1@60"])
     wait_for_checkpoint(run_dir)
-    cluster.call("scontrol", "update", f"JobId={job}", "EndTime=now+62")  # limits are whole minutes otherwise
+    # Limits are whole minutes otherwise.
+    cluster.call("scontrol", "update", f"JobId={job}", "EndTime=now+62")
     cluster.wait(job, "PENDING", seconds=100)
-    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")  # the update above has shortened it for good
+    # The update above has shortened it for good.
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     assert cluster.finish(job, seconds=200) == ("COMPLETED", "0", 1), log_of(run_dir)
     assert "SIGUSR1: asking the run to save and stop" in log_of(run_dir)
     assert_same_weights(run_dir, straight)

@@ -1,8 +1,8 @@
 """The training script beside a stub of vLLM: the real one, but transformers generates."""
 
+import runpy
 import sys
-
-from mini_r1.cli import train_script
+from pathlib import Path
 
 if __name__ == "__main__":
     kept = []
@@ -10,4 +10,5 @@ if __name__ == "__main__":
         of_vllm = argument.startswith("--vllm") or sys.argv[position - 1].startswith("--vllm")
         kept += [] if of_vllm else [argument]
     sys.argv = [*kept, "--use_vllm", "false"]
-    sys.exit(train_script())
+    script = Path(__file__).parents[2] / "scripts" / "run_r1_grpo.py"
+    runpy.run_path(str(script), run_name="__main__")

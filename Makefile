@@ -38,9 +38,10 @@ test-slurm: setup  ## jobs on a two-node SLURM cluster that it starts here and e
 gpu-check: setup  ## GRPO on one GPU without internet: step time and memory, as JSON; a tiny shape without a GPU
 	$(BIN)/python scripts/gpu_check.py
 
-quality: setup  ## lint and format check
+quality: setup  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check src
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf .venv .venv-vllm build src/*.egg-info .pytest_cache .ruff_cache .hypothesis

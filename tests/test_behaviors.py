@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mini_r1.bases.cold_start import COLD_STARTS, traces
 from mini_r1.behaviors import Behavior, behavior, summarize_behaviors
-from mini_r1.cold_start import COLD_STARTS, traces
 
 NUMS = (8, 13, 3)
 
@@ -15,11 +15,20 @@ NUMS = (8, 13, 3)
     ("text", "expected"),
     [
         # claims, true claims, tries, verified, gave up
-        ("\n8*3=24, 24-13=11 low\n13+8=21, 21+3=24 yes\n</think>\n<answer>(13+8)+3</answer>", (4, 4, 2, True, False)),
+        (
+            "\n8*3=24, 24-13=11 low\n13+8=21, 21+3=24 yes\n</think>\n<answer>(13+8)+3</answer>",
+            (4, 4, 2, True, False),
+        ),
         ("\n8*3=24, 24-13=11 low\n</think>\n<answer>8*3-13</answer>", (2, 2, 1, True, True)),
-        ("\n13-8=5, 5*3=24 yes\n</think>\n<answer>(13-8)*3</answer>", (2, 1, 1, False, False)),  # believes a false claim
-        ("\n13-8=6, 6*4=24 yes\n</think>\n<answer>(13-8)*3</answer>", (2, 1, 0, False, True)),  # 4 is not given
-        ("8 + 13 = 22, 22 + 3 = 25, no.\nSo 8 + 13 + 3 = 24.</think><answer>8+13+3 = 24</answer>", (3, 2, 2, True, False)),
+        # Believes a false claim.
+        ("\n13-8=5, 5*3=24 yes\n</think>\n<answer>(13-8)*3</answer>", (2, 1, 1, False, False)),
+        # 4 is not given.
+        ("\n13-8=6, 6*4=24 yes\n</think>\n<answer>(13-8)*3</answer>", (2, 1, 0, False, True)),
+        (
+            "8 + 13 = 22, 22 + 3 = 25, no.\nSo 8 + 13 + 3 = 24."
+            "</think><answer>8+13+3 = 24</answer>",
+            (3, 2, 2, True, False),
+        ),
         ("Let me see.</think>\n<answer>8+13+3</answer>", (0, 0, 0, False, True)),
         ("8+13=21 and then", (1, 1, 0, False, False)),  # cut off: neither an answer nor given up
         ("8 + 13 + 3 = 21 + 3 = 24</think><answer>nothing</answer>", (2, 2, 1, False, False)),
@@ -31,12 +40,16 @@ def test_behaviors_of_one_completion(text, expected):
 
 def test_a_number_may_be_a_result_or_given():
     text = "3+2=5, 5+5=10 low\n5*3=15, 15-2=13 yes\n</think>\n<answer>5*3-2</answer>"
-    assert behavior(text, 13, (5, 3, 2)) == Behavior(claims=4, true_claims=4, tries=2, verified=True, gave_up=False)
+    assert behavior(text, 13, (5, 3, 2)) == Behavior(
+        claims=4, true_claims=4, tries=2, verified=True, gave_up=False
+    )
 
 
 def test_results_of_an_earlier_try_may_be_used_again():
     text = "99-75=24. 24+62=86, too high. 24-62=-38.</think><answer>99-75-62</answer>"
-    assert behavior(text, -38, (99, 75, 62)) == Behavior(claims=3, true_claims=3, tries=2, verified=True, gave_up=False)
+    assert behavior(text, -38, (99, 75, 62)) == Behavior(
+        claims=3, true_claims=3, tries=2, verified=True, gave_up=False
+    )
 
 
 def test_counts_the_tries_of_generated_traces():
@@ -60,5 +73,10 @@ def test_is_linear_in_the_length():
 
 def test_summary():
     seen = [Behavior(4, 3, 2, True, False), Behavior(0, 0, 0, False, True)]
-    assert summarize_behaviors(seen) == {"tries": 1, "verified": 0.5, "true_arithmetic": 0.75, "gave_up": 0.5}
+    assert summarize_behaviors(seen) == {
+        "tries": 1,
+        "verified": 0.5,
+        "true_arithmetic": 0.75,
+        "gave_up": 0.5,
+    }
     assert summarize_behaviors(seen[1:])["true_arithmetic"] is None

@@ -40,7 +40,10 @@ def test_one_think_block_one_answer(text, answer, well_formed):
     ("text", "expected"),
     [
         ("8 + 13 = 21, 24-13=12 low", [("8 + 13", "21", True), ("24-13", "12", False)]),
-        ("- 99 - 75 + 62 = 24 + 62 = 86", [("99 - 75 + 62", "24 + 62", True), ("24 + 62", "86", True)]),
+        (
+            "- 99 - 75 + 62 = 24 + 62 = 86",
+            [("99 - 75 + 62", "24 + 62", True), ("24 + 62", "86", True)],
+        ),
         ("so (8 + 13 = 21), (2+3)*4=20 (yes)", [("8 + 13", "21", True), ("(2+3)*4", "20", True)]),
         ("4 / 3 = 1.33 and 4 / 2 = 2.", [("4 / 2", "2", True)]),
         ("61 - 94 = -33", [("61 - 94", "-33", True)]),
@@ -61,7 +64,10 @@ def test_marked_parts_make_the_whole():
     text = "so 1 + 1 = 3\n99 - 75 + 62 = 24 + 62 = 86, and that is it"
     parts = list(marked(text))
     assert "".join(part for part, _ in parts) == text
-    assert [(part, true) for part, true in parts if true is not None] == [("1 + 1 = 3", False), ("99 - 75 + 62 = 24 + 62", True)]
+    assert [(part, true) for part, true in parts if true is not None] == [
+        ("1 + 1 = 3", False),
+        ("99 - 75 + 62 = 24 + 62", True),
+    ]
 
 
 def test_printable_keeps_a_terminal_safe():

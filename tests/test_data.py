@@ -5,7 +5,15 @@ import pytest
 
 from mini_r1 import InputError
 from mini_r1.countdown.puzzles import Puzzle, generate
-from mini_r1.data import audit, is_heldout, load_puzzles, load_split, prompt_dataset, write_puzzles
+from mini_r1.data import (
+    Split,
+    audit,
+    is_heldout,
+    load_puzzles,
+    load_split,
+    prompt_dataset,
+    write_puzzles,
+)
 from mini_r1.model import load_tokenizer
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TaskConfig
@@ -40,6 +48,20 @@ def test_order_and_duplicates_of_the_rows_do_not_matter(tmp_path, suffix):
     assert first.duplicates == 50
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_equal_puzzles_the_first_is_kept(tmp_path, order):
+    pairs = [(puzzle, Puzzle(puzzle.nums[::-1], puzzle.target))[::order] for puzzle in PUZZLES]
+    write_puzzles([puzzle for pair in pairs for puzzle in pair], tmp_path / "twice.jsonl")
+    split = from_file(tmp_path / "twice.jsonl")
+    assert {*split.train, *split.heldout} <= {first for first, _ in pairs}
+
+
+def test_the_hash_tells_which_part_a_puzzle_is_in():
+    split = load_split(SMALL)
+    moved = Split(split.train[:-1], (split.train[-1], *split.heldout), 0)
+    assert moved.hash != split.hash
+
+
 def test_a_puzzle_is_held_out_wherever_it_stands(tmp_path):
     write_puzzles(PUZZLES[:200], tmp_path / "half.jsonl")
     assert keys(from_file(tmp_path / "half.jsonl").heldout) <= keys(load_split(SMALL).heldout)
@@ -54,13 +76,14 @@ def test_a_smaller_subset_is_part_of_a_larger_one(tmp_path):
 
 def test_split_seed_changes_the_parts():
     other = TaskConfig(**{**SMALL.__dict__, "split_seed": 1})
-    assert {p.key for p in PUZZLES if is_heldout(p.key, SMALL)} != {p.key for p in PUZZLES if is_heldout(p.key, other)}
+    assert {key for key in keys(PUZZLES) if is_heldout(key, SMALL) != is_heldout(key, other)}
 
 
 def test_reads_every_format_and_folders(tmp_path):
     rows = [{"nums": list(puzzle.nums), "target": puzzle.target} for puzzle in PUZZLES[:5]]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "b.csv").write_text("target,nums\n" + "".join(f'{row["target"]},"{row["nums"]}"\n' for row in rows))
+    lines = ["target,nums", *(f'{row["target"]},"{row["nums"]}"' for row in rows), ""]
+    (tmp_path / "b.csv").write_text("\n".join(lines))
     write_puzzles(PUZZLES[:5], tmp_path / "c.jsonl")
     write_puzzles(PUZZLES[:5], tmp_path / "d.parquet")
     assert load_puzzles(str(tmp_path)) == list(PUZZLES[:5]) * 4
@@ -75,7 +98,11 @@ def test_reads_every_format_and_folders(tmp_path):
             '{"nums": [1, 2], "target": 3}\n{"nums": [1, 2], "target": 27.4}\n',
             r"row 2: no puzzle: want an integer, got 27.4",
         ),
-        ("x.jsonl", '{"nums": [1], "target": 1}\n', r"row 1: no puzzle: want 2 to 6 numbers, got 1"),
+        (
+            "x.jsonl",
+            '{"nums": [1], "target": 1}\n',
+            r"row 1: no puzzle: want 2 to 6 numbers, got 1",
+        ),
         ("x.jsonl", '{"nums": 5, "target": 1}\n', r"row 1: no puzzle"),
         ("x.jsonl", "not json\n", r"cannot be read"),
         ("x.parquet", "not parquet", r"cannot be read"),
@@ -93,8 +120,14 @@ def test_bad_files_are_explained(tmp_path, name, text, message):
     [
         ("no/such.jsonl", "no file or folder 'no/such.jsonl'"),
         ("./nothing", "no file or folder"),
-        ("generatd", "no file or folder 'generatd'; write a path, a hub id such as owner/name, or generated"),
-        ("owner/offline-data-set", "cannot be loaded from the hub .* write 'dataset_id_or_path: generated'"),
+        (
+            "generatd",
+            "no file or folder 'generatd'; write a path, a hub id such as owner/name, or generated",
+        ),
+        (
+            "owner/offline-data-set",
+            "cannot be loaded from the hub .* write 'dataset_id_or_path: generated'",
+        ),
     ],
 )
 def test_missing_data_is_explained(source, message):
@@ -115,7 +148,9 @@ def test_long_prompts_are_dropped_and_counted():
     puzzles = [Puzzle((1, 2, 3), 6), Puzzle((1, 2, 3, 4), 10)]
     length = len(tokenizer(template.render((1, 2, 3), 6, tokenizer))["input_ids"])
     dataset, dropped = prompt_dataset(puzzles, template, tokenizer, max_prompt_length=length)
-    assert dataset.to_list() == [{"prompt": template.render((1, 2, 3), 6, tokenizer), "target": 6, "nums": [1, 2, 3]}]
+    assert dataset.to_list() == [
+        {"prompt": template.render((1, 2, 3), 6, tokenizer), "target": 6, "nums": [1, 2, 3]}
+    ]
     assert dropped == 1
     with pytest.raises(InputError, match="all prompts are longer than 3 tokens"):
         prompt_dataset(puzzles, template, tokenizer, max_prompt_length=3)

@@ -10,7 +10,7 @@ from transformers import TrainerControl, TrainerState
 
 from mini_r1 import live
 from mini_r1.live import LiveView, figures, sparkline
-from mini_r1.samples import Sample
+from mini_r1.rollouts import Rollout
 
 LOGS = {
     "reward": 1.25,
@@ -20,7 +20,13 @@ LOGS = {
     "frac_reward_zero_std": 0.5,
 }
 FIGURES = ["reward 1.25", "success 25%", "tokens 33", "truncated 0%", "no signal 50%"]
-SAMPLE = Sample(3, (4, 5, 12), 68, {"equation_reward": 1.0}, "12+5=18\n12+5=17\n</think>\n<answer>(12+5)*4\x1b[2J</answer>")
+SAMPLE = Rollout(
+    3,
+    (4, 5, 12),
+    68,
+    {"equation_reward": 1.0},
+    "12+5=18\n12+5=17\n</think>\n<answer>(12+5)*4\x1b[2J</answer>",
+)
 
 
 @pytest.fixture
@@ -37,14 +43,22 @@ def log(view, state, **logs):
 def terminal(monkeypatch):
     """A terminal of 80 columns that records what it is sent."""
     monkeypatch.setenv("TERM", "xterm")
-    console = Console(force_terminal=True, width=80, height=40, record=True, color_system="standard", legacy_windows=False)
+    console = Console(
+        force_terminal=True,
+        width=80,
+        height=40,
+        record=True,
+        color_system="standard",
+        legacy_windows=False,
+    )
     monkeypatch.setattr(rich, "get_console", lambda: console)
     return console
 
 
 def test_figures_are_the_newest_that_were_logged():
     assert figures([{**LOGS, "reward": 9.0}, {"loss": 0.1}, LOGS, {"loss": 0.1}]) == FIGURES
-    assert figures([{"reward": 0.5}]) == ["reward 0.50"]  # without the equation reward there is no success
+    # Without the equation reward there is no success.
+    assert figures([{"reward": 0.5}]) == ["reward 0.50"]
     assert figures([]) == []
 
 
@@ -59,11 +73,14 @@ def test_plain_lines_where_there_is_no_terminal(view, capsys):
     view.on_train_begin(None, state, None)
     for step in range(1, 41):
         state.global_step, view._clock.train_seconds = step, 60.0 * step
-        log(view, state, **LOGS) if step % 4 == 1 else log(view, state, loss=0.1)  # four steps share a generation
+        # Four steps share a generation.
+        log(view, state, **(LOGS if step % 4 == 1 else {"loss": 0.1}))
     log(view, state, train_runtime=1.0)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "  ".join(["step 5/40", *FIGURES, "35.0 minutes left"])  # step 1 is too soon for one in twenty
-    assert [line.split("  ")[0] for line in lines] == [f"step {step}/40" for step in range(5, 40, 4)]
+    # Step 1 is too soon for one in twenty.
+    assert lines[0] == "  ".join(["step 5/40", *FIGURES, "35.0 minutes left"])
+    steps = [line.split("  ")[0] for line in lines]
+    assert steps == [f"step {step}/40" for step in range(5, 40, 4)]
 
 
 def test_the_pace_of_a_resumed_run_is_that_of_this_attempt(view, capsys):
@@ -90,14 +107,15 @@ def test_the_panel_shows_figures_and_a_fresh_sample_with_its_verdict(view, termi
     state.global_step, view._recorder.latest = 3, SAMPLE
     log(view, state, **LOGS)
     log(view, state, eval_success=0.238)
-    later = Sample(4, (1, 2), 3, {"equation_reward": 0.0}, "1+2=3")
+    later = Rollout(4, (1, 2), 3, {"equation_reward": 0.0}, "1+2=3")
     view._recorder.latest = later
     log(view, state, **LOGS)
     assert view._sample is SAMPLE  # there is time to read it
     view.on_train_end(None, state, None)
     shown = terminal.export_text(clear=False, styles=False)
     last = shown[shown.rindex("╭─ Mini-R1: my-run") :]
-    held_out, puzzle = "▃▃   held-out success 23.8% at step 3", "step 3: make 68 from 4, 5, 12  solved"
+    held_out = "▃▃   held-out success 23.8% at step 3"
+    puzzle = "step 3: make 68 from 4, 5, 12  solved"
     for text in ("step 3/40", *FIGURES, held_out, puzzle, "<answer>(12+5)*4"):
         assert text in last, text
     assert "\x1b[2J" not in shown.replace("[2J</answer>", "")  # a model cannot clear the screen
@@ -111,7 +129,7 @@ def test_the_panel_shows_figures_and_a_fresh_sample_with_its_verdict(view, termi
 
 
 def test_of_a_long_sample_the_end_is_shown(view):
-    view._sample = Sample(1, (1, 2), 3, {}, "1+1=3 " * 300 + "the end")
+    view._sample = Rollout(1, (1, 2), 3, {}, "1+1=3 " * 300 + "the end")
     title, body = live._shown(view._sample)
     assert title.plain.endswith("failed")
     assert body.plain.startswith("… ")

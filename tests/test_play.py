@@ -6,9 +6,9 @@ import pytest
 from mini_r1 import InputError, play
 from mini_r1.cli import main
 from mini_r1.countdown.puzzles import Puzzle
-from mini_r1.evaluate import weights_and_task
 from mini_r1.model import load_tokenizer, model_path
 from mini_r1.play import TextStream, judge, side_by_side, think
+from mini_r1.run import RECIPE_FILE, weights_and_task
 
 PUZZLE = Puzzle((4, 5, 12), 68)
 
@@ -37,10 +37,19 @@ def test_a_letter_of_several_tokens_waits_until_it_is_complete():
 @pytest.mark.parametrize(
     ("completion", "verdict"),
     [
-        ("12+5=17, 17*4=68 yes\n</think>\n<answer>(12+5)*4</answer>", "solved\n2 of 2 arithmetic claims are true"),
-        ("12+5=18\n</think>\n<answer>(12+5)*4 = 68</answer>", "solved\n0 of 1 arithmetic claims are true"),
+        (
+            "12+5=17, 17*4=68 yes\n</think>\n<answer>(12+5)*4</answer>",
+            "solved\n2 of 2 arithmetic claims are true",
+        ),
+        (
+            "12+5=18\n</think>\n<answer>(12+5)*4 = 68</answer>",
+            "solved\n0 of 1 arithmetic claims are true",
+        ),
         ("4+5=9", "not solved: no answer: one <answer> must follow the one </think>"),
-        ("</think>\n<answer>twelve</answer>", "not solved: the answer is no equation: unexpected text at character 0"),
+        (
+            "</think>\n<answer>twelve</answer>",
+            "not solved: the answer is no equation: unexpected text at character 0",
+        ),
         ("</think>\n<answer>12*5</answer>", "not solved: the answer uses 12, 5"),
         ("</think>\n<answer>12*5+4</answer>", "not solved: the answer is worth 64"),
     ],
@@ -92,6 +101,6 @@ def test_bad_input(arguments, message, capsys):
 
 
 def test_a_run_that_has_saved_nothing_yet(tmp_path):
-    (tmp_path / "recipe.yaml").write_bytes((Path(model_path("tiny_base")) / "recipe.yaml").read_bytes())
+    shutil.copy(Path(model_path("tiny_base")) / RECIPE_FILE, tmp_path)
     with pytest.raises(InputError, match="no model and no complete checkpoint yet"):
         play.play(str(tmp_path), None, None)

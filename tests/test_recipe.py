@@ -1,14 +1,14 @@
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 import yaml
 
 from mini_r1 import InputError, recipe
-from mini_r1.recipe import TaskConfig, load_recipe, recipe_table
+from mini_r1.recipe import TRAINING_DEFAULTS, TaskConfig, load_recipe, recipe_table
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 MINIMAL = "model_name_or_path: tiny_base\n"
@@ -38,9 +38,8 @@ def test_the_resolved_recipe_is_read_back_as_itself(write, tmp_path):
 
 def test_overrides(write):
     path = write(MINIMAL + "seed: 1\n")
-    resolved = load_recipe(
-        path, ["--seed", "7", "--learning-rate=5e-7", "--reward_funcs", "equation", "--reward_weights", "0.5", "--use_cpu"]
-    )
+    rewards = ["--reward_funcs", "equation", "--reward_weights", "0.5"]
+    resolved = load_recipe(path, ["--seed", "7", "--learning-rate=5e-7", *rewards, "--use_cpu"])
     assert resolved.training["seed"] == 7
     assert resolved.training["learning_rate"] == 5e-7
     assert resolved.training["use_cpu"] is True
@@ -49,8 +48,11 @@ def test_overrides(write):
 
 
 def test_yaml_traps_are_mended(write):
-    training = load_recipe(write(MINIMAL + "learning_rate: 5e-7\nsave_strategy: no\nreport_to: none\n")).training
-    assert (training["learning_rate"], training["save_strategy"], training["report_to"]) == (5e-7, "no", "none")
+    path = write(MINIMAL + "learning_rate: 5e-7\nsave_strategy: no\nreport_to: none\n")
+    training = load_recipe(path).training
+    assert training["learning_rate"] == 5e-7
+    assert training["save_strategy"] == "no"
+    assert training["report_to"] == "none"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,10 @@ def test_yaml_traps_are_mended(write):
         ("num_numbers: [3, x]", "num_numbers: want an integer, got 'x'"),
         ("max_steps: 1\nmax_steps: 2", "line 3: max_steps is set twice; first in 2"),
         ("prompt_template: r2", "line 2: prompt_template: no 'r2'; choose from mini-r1"),
-        ("reward_funcs: [fromat]", "line 2: reward_funcs: no reward 'fromat'; did you mean 'format'?"),
+        (
+            "reward_funcs: [fromat]",
+            "line 2: reward_funcs: no reward 'fromat'; did you mean 'format'?",
+        ),
         ("reward_funcs: []", "reward_funcs: name at least one reward"),
         ("reward_weights: [1.0]", "reward_weights: 1 weights for 2 reward_funcs"),
         ("number_range: [9, 1]", "number_range: want [low, high]"),
@@ -71,7 +76,7 @@ def test_yaml_traps_are_mended(write):
         ("test_share: 1.5", "test_share: want a share between 0 and 1"),
         ("num_eval_puzzles: 0", "num_eval_puzzles: want at least 1"),
         ("eval_temperature: 0", "eval_temperature: want more than 0"),
-        ("resume_from_checkpoint: x", "line 2: a run resumes by itself"),
+        ("resume_from_checkpoint: x", "line 2: resume_from_checkpoint: a run resumes by itself"),
         ("seed: [", "not valid YAML"),
     ],
 )
@@ -85,11 +90,20 @@ def test_mistakes_are_explained_in_one_line(write, line, message):
 def test_a_recipe_for_the_tutorials_trl_gets_a_table(write):
     with pytest.raises(InputError) as caught:
         load_recipe(
-            write(MINIMAL + "torch_dtype: bfloat16\nwarmup_ratio: 0.03\nvllm_device: auto\nper_device_train_batch_size: 1\n")
+            write(
+                MINIMAL
+                + "torch_dtype: bfloat16\nwarmup_ratio: 0.03\nvllm_device: auto\n"
+                + "per_device_train_batch_size: 1\n"
+            )
         )
     headline, *rows = str(caught.value).splitlines()
     assert "written for TRL 0.14, this is 1.16; write instead" in headline
-    assert [row.split()[0] for row in rows] == ["torch_dtype", "warmup_ratio", "vllm_device", "per_device_train_batch_size"]
+    assert [row.split()[0] for row in rows] == [
+        "torch_dtype",
+        "warmup_ratio",
+        "vllm_device",
+        "per_device_train_batch_size",
+    ]
     assert "counts completions, not prompts" in rows[-1]
 
 
@@ -100,7 +114,10 @@ def test_no_old_key_is_a_key_of_today():
     assert known & recipe.OLD_KEYS.keys() <= {"use_liger_kernel", "logging_dir"}
 
 
-@pytest.mark.parametrize(("text", "message"), [("- a list\n", "not a recipe"), ("seed: 1\n", "model_name_or_path is missing")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a list\n", "not a recipe"), ("seed: 1\n", "model_name_or_path: missing")],
+)
 def test_files_that_are_no_recipe(write, text, message):
     with pytest.raises(InputError, match=message):
         load_recipe(write(text))
@@ -114,25 +131,77 @@ def test_a_missing_file_is_named():
 def test_the_keys_read_from_source_are_those_of_the_classes():
     from trl import GRPOConfig, ModelConfig
 
-    assert set(recipe._fields_of(recipe._TRAINING_CLASSES)) == {field.name for field in fields(GRPOConfig) if field.init}
-    assert set(recipe._fields_of(recipe._MODEL_CLASSES)) == {field.name for field in fields(ModelConfig) if field.init}
+    assert set(recipe._fields_of(recipe._TRAINING_CLASSES)) == {
+        field.name for field in fields(GRPOConfig) if field.init
+    }
+    assert set(recipe._fields_of(recipe._MODEL_CLASSES)) == {
+        field.name for field in fields(ModelConfig) if field.init
+    }
+
+
+def test_the_defaults_read_from_source_are_those_of_the_classes():
+    from trl import GRPOConfig, ModelConfig
+
+    worked_out = set()
+    for field in (*fields(ModelConfig), *fields(GRPOConfig)):
+        if field.init and field.name not in TRAINING_DEFAULTS:
+            theirs = None if field.default is MISSING else field.default
+            if recipe.default_of(field.name) != theirs:
+                worked_out.add(field.name)
+    # Those whose default is an expression; None stands for it.
+    assert worked_out == {"optim"}
+    assert recipe.default_of("optim") is None
+
+
+def test_our_own_defaults_are_few():
+    assert TRAINING_DEFAULTS == {
+        "report_to": ["tensorboard"],
+        "logging_steps": 1,
+        "max_completion_length": 1024,
+        "save_total_limit": 2,
+    }
+
+
+def test_get_asks_the_recipe_first_then_us_then_the_library(write):
+    loaded = load_recipe(write(MINIMAL + "num_generations: 4\n"))
+    assert loaded.get("num_generations") == 4
+    assert loaded.get("max_completion_length") == 1024
+    assert loaded.get("gradient_checkpointing") is True  # TRL's; transformers' is False
+    assert loaded.get("dtype") == "float32"
+    with pytest.raises(KeyError):
+        loaded.get("num_generation")
+
+
+def test_an_override_is_not_named_twice(write):
+    with pytest.raises(InputError) as caught:
+        load_recipe(write(MINIMAL), ["--learning_rate", "much"])
+    assert str(caught.value) == "--learning_rate: want a number, got 'much'"
 
 
 def test_no_key_has_two_owners():
     task = {field.name for field in fields(TaskConfig)}
-    model, training = (set(recipe._fields_of(classes)) for classes in (recipe._MODEL_CLASSES, recipe._TRAINING_CLASSES))
+    model, training = (
+        set(recipe._fields_of(classes))
+        for classes in (recipe._MODEL_CLASSES, recipe._TRAINING_CLASSES)
+    )
     assert not task & model
     assert not task & training
     assert model & training <= {"trust_remote_code"}
 
 
 @pytest.mark.parametrize(
-    "command", [[Path(sys.executable).parent / "mini-r1", "train"], [sys.executable, "scripts/run_r1_grpo.py", "--config"]]
+    "command",
+    [
+        [Path(sys.executable).parent / "mini-r1", "train"],
+        [sys.executable, "scripts/run_r1_grpo.py", "--config"],
+    ],
 )
 def test_a_misspelt_key_ends_in_seconds_with_exit_code_2(write, command):
     path = write(MINIMAL + "learning_rat: 1\n")
     started = time.perf_counter()
-    done = subprocess.run([*command, path], capture_output=True, text=True, cwd=RECIPES[0].parents[1])
+    done = subprocess.run(
+        [*command, path], capture_output=True, text=True, cwd=RECIPES[0].parents[1]
+    )
     assert time.perf_counter() - started < 2
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

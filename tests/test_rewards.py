@@ -12,13 +12,15 @@ from tests.countdown.reference import reference_value
 
 # The tutorial's five examples, in our words.
 TUTORIAL = [
-    """ I have 19, 36, 55 and 7 and want 65. Start large: 55 + 36 = 91, which is 26 too much.
-The other two make 26 together: 19 + 7 = 26. So both are subtracted: 91 - 7 = 84, 84 - 19 = 65. </think>
-<answer> 55 + 36 - 7 - 19 </answer>""",
+    " I have 19, 36, 55 and 7 and want 65. Start large: 55 + 36 = 91, which is 26 too much.\n"
+    "The other two make 26 together: 19 + 7 = 26. So both are subtracted: "
+    "91 - 7 = 84, 84 - 19 = 65. </think>\n"
+    "<answer> 55 + 36 - 7 - 19 </answer>",
     " ... </think>\n<answer> 55 + 36 - 7 - 19 </answer>",
     "User: Using the numbers [19, 36, 55, 7], create an equation that equals 65.",
     "To get 79 from 95, 78, 6, 88:\n95 + 88 = 183\n183 - 104 = 79\n"
-    "<think> 183 - 104 = 79 </think><think> 183 - 104 = 79 </think><answer> 183 - 104 = 79 </answer>",
+    "<think> 183 - 104 = 79 </think><think> 183 - 104 = 79 </think>"
+    "<answer> 183 - 104 = 79 </answer>",
     " ... </think>\n<answer> 55 + 36 - 7 - 18 </answer>",
 ]
 
@@ -33,7 +35,8 @@ def answer(equation: str) -> str:
     return f"hm</think>\n<answer>{equation}</answer>"
 
 
-# Exploits and false negatives of other projects' rewards: (completion, nums, target, format, equation).
+# Exploits and false negatives of other projects' rewards:
+# (completion, nums, target, format, equation).
 EXPLOITS = {
     "power": (answer("2**3+1"), [1, 2, 3], 9, 1, 0),
     "floor division": (answer("7//2+1"), [1, 2, 7], 4, 1, 0),
@@ -46,7 +49,13 @@ EXPLOITS = {
     "rounding function": (answer("floor(7/2)"), [7, 2], 3, 1, 0),
     "relative tolerance": (answer("1000*1000+0"), [1000, 1000, 0], 1000005, 1, 0),
     "code": (answer("1+2 + __import__('os').system('true')"), [1, 2], 3, 1, 0),
-    "right inside the thinking, wrong at the end": ("<answer>1+2</answer></think>\n<answer>2-1</answer>", [1, 2], 3, 1, 0),
+    "right inside the thinking, wrong at the end": (
+        "<answer>1+2</answer></think>\n<answer>2-1</answer>",
+        [1, 2],
+        3,
+        1,
+        0,
+    ),
     "only inside the thinking": ("<answer>1+2</answer></think>", [1, 2], 3, 0, 0),
     "shotgun": ("</think><answer>2-1</answer><answer>1+2</answer>", [1, 2], 3, 0, 0),
     "empty answer": (answer(""), [1, 2], 3, 0, 0),
@@ -66,7 +75,11 @@ EXPLOITS = {
 }
 
 
-@pytest.mark.parametrize(("completion", "nums", "target", "format_score", "equation_score"), EXPLOITS.values(), ids=EXPLOITS)
+@pytest.mark.parametrize(
+    ("completion", "nums", "target", "format_score", "equation_score"),
+    EXPLOITS.values(),
+    ids=EXPLOITS,
+)
 def test_exploits_score_as_the_rules_say(completion, nums, target, format_score, equation_score):
     assert format_reward([completion]) == [format_score]
     assert equation_reward([completion], target=[target], nums=[nums]) == [equation_score]
@@ -79,7 +92,12 @@ def test_takes_conversational_completions_and_extra_columns():
 
 
 @pytest.mark.parametrize(
-    "columns", [{"target": ["x"], "nums": [[1, 2]]}, {"target": [3, 3], "nums": [[1, 2]]}, {"target": [3], "nums": [["a"]]}]
+    "columns",
+    [
+        {"target": ["x"], "nums": [[1, 2]]},
+        {"target": [3, 3], "nums": [[1, 2]]},
+        {"target": [3], "nums": [["a"]]},
+    ],
 )
 def test_a_defect_raises(columns):
     with pytest.raises(ValueError):
@@ -93,8 +111,8 @@ EQUATIONS = st.text(alphabet="0123456789+-*/()= ", max_size=20)
 
 @given(EQUATIONS, st.lists(st.integers(0, 20), min_size=2, max_size=4), st.integers(-20, 20))
 def test_agrees_with_an_independent_reference(equation, nums, target):
-    reference = reference_value(equation)
-    expected = reference is not None and reference[0] == target and sorted(reference[1]) == sorted(nums)
+    value, numbers = reference_value(equation) or (None, [])
+    expected = value == target and sorted(numbers) == sorted(nums)
     assert equation_reward([answer(equation)], target=[target], nums=[nums]) == [float(expected)]
 
 
@@ -105,9 +123,8 @@ def test_every_right_answer_is_accepted(nums, operators):
     assert equation_reward([answer(equation)], target=[int(target)], nums=[[2, 3, 7]]) == [1.0]
 
 
-PIECES = st.sampled_from(
-    ["<think>", "</think>", "<answer>", "</answer>", "(", ")", "1", "99", "+", "-", "*", "/", "=", " ", "\n", "é", "\x00", "9" * 60]
-)
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+PIECES = st.sampled_from([*TAGS, "(", ")", "1", "99", *"+-*/= \né\x00", "9" * 60])
 
 
 @given(st.one_of(st.text(), st.lists(PIECES, max_size=60).map("".join)), st.integers(1, 2000))
@@ -146,7 +163,9 @@ def test_no_text_takes_longer_than_5_ms(text):
 
 
 def test_registry_and_plug_ins(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text("def shortness(completions, **columns):\n    return [0.5] * len(completions)\n")
+    (tmp_path / "my_rewards.py").write_text(
+        "def shortness(completions, **columns):\n    return [0.5] * len(completions)\n"
+    )
     monkeypatch.chdir(tmp_path)
     functions = get_reward_functions(["format", "my_rewards.shortness"])
     assert [function.__name__ for function in functions] == ["format_reward", "shortness"]
@@ -170,7 +189,8 @@ def test_unknown_rewards_are_explained(name, message):
 
 def test_imports_in_milliseconds_without_torch():
     code = (
-        "import sys, time; started = time.perf_counter(); import mini_r1.rewards; seconds = time.perf_counter() - started;"
-        "assert seconds < 0.3, seconds; assert not {'torch', 'transformers', 'datasets', 'trl'} & set(sys.modules)"
+        "import sys, time; started = time.perf_counter(); import mini_r1.rewards;"
+        "seconds = time.perf_counter() - started; assert seconds < 0.3, seconds;"
+        "assert not {'torch', 'transformers', 'datasets', 'trl'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

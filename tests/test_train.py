@@ -6,10 +6,10 @@ from datasets import Dataset
 from peft import PeftModel
 
 from mini_r1 import InputError
-from mini_r1.callbacks import RolloutRecorder
-from mini_r1.model import COMPLETE_MARKER, load_tokenizer
+from mini_r1.model import load_tokenizer
 from mini_r1.recipe import load_recipe
-from mini_r1.train import _arguments, _build_trainer, _checkpoint_to_resume
+from mini_r1.rollouts import RolloutRecorder
+from mini_r1.train import _arguments, _build_trainer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny-cpu.yaml"
 
@@ -18,7 +18,9 @@ def build(tmp_path, *overrides):
     recipe = load_recipe(RECIPE, ["--output_dir", str(tmp_path / "run"), *overrides])
     model_args, args, _ = _arguments(recipe)
     dataset = Dataset.from_list([{"prompt": "x", "nums": [1, 2, 3], "target": 6}] * 64)
-    return _build_trainer(recipe, model_args, args, dataset, load_tokenizer("tiny_base"), RolloutRecorder(tmp_path))
+    return _build_trainer(
+        recipe, model_args, args, dataset, load_tokenizer("tiny_base"), RolloutRecorder(tmp_path)
+    )
 
 
 def test_dtype_and_attention_reach_the_model(tmp_path):
@@ -28,20 +30,24 @@ def test_dtype_and_attention_reach_the_model(tmp_path):
 
 
 def test_attention_falls_back_to_sdpa_where_flash_attn_is_missing(tmp_path, capsys):
-    model = build(tmp_path, "--dtype", "bfloat16", "--attn_implementation", "flash_attention_2").model
+    flash = ["--dtype", "bfloat16", "--attn_implementation", "flash_attention_2"]
+    model = build(tmp_path, *flash).model
     assert model.config._attn_implementation == "sdpa"
     assert "flash-attn is not installed, using sdpa" in capsys.readouterr().out
 
 
 def test_lora_reaches_the_model(tmp_path):
-    model = build(tmp_path, "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj").model
+    lora = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj"]
+    model = build(tmp_path, *lora).model
     assert isinstance(model, PeftModel)
     assert model.peft_config["default"].r == 4
-    assert all("lora" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert all("lora" in name for name in trained)
 
 
 def test_rewards_and_their_weights_reach_the_trainer(tmp_path):
-    trainer = build(tmp_path, "--reward_funcs", "equation", "format", "--reward_weights", "1.0", "0.1")
+    rewards = ["--reward_funcs", "equation", "format", "--reward_weights", "1.0", "0.1"]
+    trainer = build(tmp_path, *rewards)
     assert trainer.reward_func_names == ["equation_reward", "format_reward"]
     assert trainer.reward_weights.tolist() == pytest.approx([1.0, 0.1])
 
@@ -54,20 +60,13 @@ def test_rewards_and_their_weights_reach_the_trainer(tmp_path):
         (["--push_to_hub"], "no hub token here"),
         (["--eval_strategy", "epoch"], "write 'no', or 'steps'"),
         (["--model_name_or_path", "no/such-model"], "cannot be loaded"),
-        (["--num_generations", "2", "--per_device_train_batch_size", "64"], "one generation batch takes 256"),
+        (
+            ["--num_generations", "2", "--per_device_train_batch_size", "64"],
+            "one generation batch takes 256",
+        ),
     ],
 )
 def test_what_cannot_work_is_explained(tmp_path, overrides, message):
     with pytest.raises(InputError, match=message) as caught:
         build(tmp_path, *overrides)
     assert "\n" not in str(caught.value)
-
-
-def test_torn_checkpoints_are_removed_and_the_last_complete_one_is_resumed(tmp_path, capsys):
-    for step in (5, 10, 15):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-10" / COMPLETE_MARKER).touch()
-    assert _checkpoint_to_resume(tmp_path, is_main=True) == tmp_path / "checkpoint-10"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-5"]
-    assert "checkpoint-15: it was not written to its end" in capsys.readouterr().out
-    assert _checkpoint_to_resume(tmp_path / "new", is_main=True) is None

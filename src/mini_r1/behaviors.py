@@ -1,6 +1,7 @@
-"""What a completion's thinking does, told exactly by its arithmetic claims: tries, truth, verification, giving up.
+"""What a completion's thinking does: tries, truth, verification, giving up.
 
-Works on any text that shows its arithmetic, the embedded model's and a large model's alike. No language model judges here.
+Told exactly, by its arithmetic claims. Works on any text that shows its arithmetic, the embedded
+model's and a large model's alike. No language model judges here.
 """
 
 from collections import ChainMap, Counter
@@ -13,7 +14,8 @@ from statistics import fmean
 from mini_r1.completion import claims, parse_completion
 from mini_r1.countdown.expression import ExpressionError, parse
 
-Result = tuple[Counter[int], bool]  # the given numbers that went into a value, and whether the arithmetic behind it is true
+# The given numbers that went into a value, and whether the arithmetic behind it is true.
+Result = tuple[Counter[int], bool]
 Results = dict[Fraction, Result]
 
 
@@ -24,8 +26,10 @@ class Behavior:
     Attributes:
         claims: arithmetic claims in the think part, such as `8 + 13 = 21`.
         true_claims: how many of them are exactly true.
-        tries: claims that use every given number exactly once, results of earlier claims written out.
-        verified: the answer was worked out before it was given: a try with true arithmetic has the answer's value.
+        tries: claims that use every given number exactly once, results of earlier claims written
+            out.
+        verified: the answer was worked out before it was given: a try with true arithmetic has the
+            answer's value.
         gave_up: an answer is given although no try claims to have reached the target.
     """
 
@@ -37,18 +41,23 @@ class Behavior:
 
 
 def behavior(completion: str, target: int, nums: Sequence[int]) -> Behavior:
-    """Read one completion, the text after a prefilled `<think>`. Never raises; linear in the length of the text."""
+    """Read one completion, the text after a prefilled `<think>`.
+
+    Never raises; linear in the length of the text.
+    """
     parsed = parse_completion(completion)
     count = true_count = 0
     given = Counter(nums)
-    tries: list[tuple[Fraction, bool]] = []  # the claimed value, and whether all arithmetic behind it is true
+    # The claimed value of each try, and whether all arithmetic behind it is true.
+    tries: list[tuple[Fraction, bool]] = []
     recent: Results = {}  # since the last complete try
     earlier: Results = {}
     for claim in claims(parsed.think):
         count += 1
         true_count += claim.true
         value, numbers = parse(claim.right).value, parse(claim.left).numbers
-        fitting = _readings(numbers, given, recent) or _readings(numbers, given, ChainMap(recent, earlier))
+        fitting = _readings(numbers, given, recent)
+        fitting = fitting or _readings(numbers, given, ChainMap(recent, earlier))
         complete = [true and claim.true for used, true in fitting if used == given]
         if complete:
             tries.append((value, complete[0]))
@@ -68,7 +77,10 @@ def behavior(completion: str, target: int, nums: Sequence[int]) -> Behavior:
 
 
 def summarize_behaviors(behaviors: Sequence[Behavior]) -> dict[str, float | None]:
-    """Means over completions; `true_arithmetic` is the share of true claims among all claims, None if there are none."""
+    """Means over completions.
+
+    `true_arithmetic` is the share of true claims among all claims, None if there are none.
+    """
     claimed = sum(one.claims for one in behaviors)
     return {
         "tries": fmean(one.tries for one in behaviors),
@@ -78,12 +90,23 @@ def summarize_behaviors(behaviors: Sequence[Behavior]) -> dict[str, float | None
     }
 
 
-def _readings(numbers: Sequence[int], given: Counter[int], made: Mapping[Fraction, Result]) -> list[Result]:
-    """What a claim's numbers can stand for without using a given number too often: each is a result made before, or given."""
+def _readings(
+    numbers: Sequence[int], given: Counter[int], made: Mapping[Fraction, Result]
+) -> list[Result]:
+    """What a claim's numbers can stand for without using a given number too often.
+
+    Each is a result made before, or given.
+    """
     if len(numbers) > given.total():
         return []
-    options = [[known[n] for known in (made, {n: (Counter([n]), True)}) if n in known] for n in numbers]
-    readings = [(sum((used for used, _ in chosen), Counter()), all(true for _, true in chosen)) for chosen in product(*options)]
+    options: list[list[Result]] = []
+    for n in numbers:
+        result, as_given = made.get(Fraction(n)), (Counter([n]), True)
+        options.append([as_given] if result is None else [result, as_given])
+    readings = [
+        (sum((used for used, _ in chosen), Counter()), all(true for _, true in chosen))
+        for chosen in product(*options)
+    ]
     return [(used, true) for used, true in readings if used <= given]
 
 

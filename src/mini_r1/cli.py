@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 failed, 2 bad input (one clear line, no traceback).
 
 import argparse
 import json
-import logging
 import os
 import shlex
 import shutil
@@ -15,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mini_r1 import InputError, __version__
+from mini_r1 import InputError, RunFailed, __version__
 from mini_r1.model import EMBEDDED_BASES
 
 if TYPE_CHECKING:
-    from mini_r1.plan import Machine
+    from mini_r1.launch.plan import Machine
     from mini_r1.recipe import Recipe
 
 
@@ -39,38 +38,55 @@ def entry_point() -> None:
 
 
 def exit_code(command: Callable[[], None]) -> int:
-    """Run a command; an InputError becomes one line on stderr and exit code 2, a dead vLLM server its last words and 1."""
-    from mini_r1.vllm_server import ServerDied
+    """Run a command and return its exit code.
 
+    An InputError becomes one line on stderr and 2, a RunFailed its own words and 1.
+    """
     try:
         command()
-    except (InputError, ServerDied) as error:
+    except (InputError, RunFailed) as error:
         if os.environ.get("RANK", "0") == "0":  # the other processes of a launch have met the same
             print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     return 0
 
 
-def train_script() -> int:
-    """`scripts/run_r1_grpo.py --config RECIPE [--key value ...]`."""
-    parser = argparse.ArgumentParser(description="Train a model on Countdown with GRPO.", allow_abbrev=False)
-    parser.add_argument("--config", required=True, metavar="RECIPE", help="a YAML recipe")
-    args, overrides = parser.parse_known_args()
+def train_here(recipe: "Recipe") -> None:
+    """Train in this process, alone or as one of a launch.
 
-    def command() -> None:
-        from mini_r1.recipe import load_recipe
+    What is cheap to check is checked before the slow imports, and before CUDA counts the GPUs.
+    """
+    from mini_r1 import quirks
+    from mini_r1.launch.doctor import first_problem
+    from mini_r1.launch.plan import check_processes, owns_server
+    from mini_r1.launch.vllm_server import take_last_gpu
+    from mini_r1.run import TRACKER_FOLDERS, withdraw_stop
 
-        _run(load_recipe(args.config, overrides))
+    check_processes(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    if os.environ.get("RANK", "0") == "0":
+        first_problem(recipe)
+        withdraw_stop(recipe.run_dir)  # of an earlier attempt; from here on one is meant for this
+    for variable, folder in TRACKER_FOLDERS.items():  # Trackio reads its own when it is imported
+        os.environ[variable] = str((recipe.run_dir / folder).absolute())
+    server_gpu = None
+    if recipe.get("use_cpu"):
+        quirks.quiet_cpu_imports()
+    elif owns_server(recipe):
+        server_gpu = take_last_gpu()
+    from mini_r1.train import run
 
-    return exit_code(command)
+    try:
+        run(recipe, server_gpu)
+    except InputError as error:
+        raise recipe.place(error) from error
 
 
-# ---- Commands ---------------------------------------------------------------------------------------------------------------
+# ---- Commands -------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace) -> None:
-    from mini_r1.doctor import first_problem
-    from mini_r1.plan import launch, make_plan
+    from mini_r1.launch.doctor import first_problem
+    from mini_r1.launch.plan import launch, make_plan
     from mini_r1.recipe import load_recipe
 
     plan = make_plan(load_recipe(args.recipe, args.overrides), _machine(args))
@@ -79,50 +95,28 @@ def train(args: argparse.Namespace) -> None:
         return
     if args.gpus is not None:
         raise InputError(
-            "--gpus: a run takes the GPUs it finds; plan for another machine with --dry-run, or set CUDA_VISIBLE_DEVICES"
+            "a run takes the GPUs it finds; plan for another machine with --dry-run, or set "
+            "CUDA_VISIBLE_DEVICES",
+            where="--gpus",
         )
     if plan.launcher:
         first_problem(plan.recipe, plan.launcher)
         launch(plan)
-    _run(plan.recipe)
+    train_here(plan.recipe)
 
 
 def doctor(args: argparse.Namespace) -> None:
-    from mini_r1.doctor import examine
+    from mini_r1.launch.doctor import examine
 
     examine(args.recipe, _machine(args), planned=args.gpus is not None)
 
 
 def _machine(args: argparse.Namespace) -> "Machine":
-    from mini_r1.plan import Machine, this_machine
+    from mini_r1.launch.plan import Machine, this_machine
 
     if (args.gpus is None) != (args.gpu_memory is None) and args.gpus != 0:
-        raise InputError("--gpus and --gpu-memory: give both, or neither for this machine")
+        raise InputError("give both, or neither for this machine", where="--gpus and --gpu-memory")
     return this_machine() if args.gpus is None else Machine(args.gpus, args.gpu_memory or 0.0)
-
-
-def _run(recipe: "Recipe") -> None:
-    """Train in this process. What is cheap to check is checked before the slow imports, and before CUDA counts the GPUs."""
-    from mini_r1.doctor import first_problem
-    from mini_r1.model import STOP_FILE
-    from mini_r1.plan import check_processes, owns_server
-    from mini_r1.vllm_server import take_last_gpu
-
-    check_processes(recipe, int(os.environ.get("WORLD_SIZE", 1)))
-    if os.environ.get("RANK", "0") == "0":
-        first_problem(recipe)
-        (recipe.run_dir / STOP_FILE).unlink(missing_ok=True)  # of an earlier attempt; from here on one is meant for this
-    # Trackio reads its folder when it is imported.
-    for variable, folder in (("TENSORBOARD_LOGGING_DIR", "tensorboard"), ("TRACKIO_DIR", "trackio"), ("WANDB_DIR", "")):
-        os.environ[variable] = str((recipe.run_dir / folder).absolute())
-    if recipe.training.get("use_cpu"):
-        # Two libraries complain at import that they find no GPU and no kernels from the hub.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    server_gpu = take_last_gpu() if owns_server(recipe) and not recipe.training.get("use_cpu") else None
-    from mini_r1.train import run
-
-    run(recipe, server_gpu)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -137,16 +131,16 @@ def evaluate(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     if args.json:
-        from mini_r1.manifest import write_json
+        from mini_r1.run import write_json
 
         write_json(Path(args.json), result)
     print(json.dumps(result, indent=2))
 
 
 def slurm(args: argparse.Namespace) -> None:
-    from mini_r1.plan import ROOT, Machine
+    from mini_r1.launch.plan import ROOT, Machine
+    from mini_r1.launch.slurm import plan_job, submit_command
     from mini_r1.recipe import load_recipe
-    from mini_r1.slurm import plan_job, submit_command
 
     recipe = load_recipe(args.recipe, args.overrides)
     job = plan_job(recipe, args.nodes, Machine(args.gpus_per_node, args.gpu_memory))
@@ -155,18 +149,22 @@ def slurm(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     if shutil.which("sbatch") is None:
-        raise InputError("sbatch: not here; run this on a login node of the cluster, or add --dry-run")
+        raise InputError(
+            "not here; run this on a login node of the cluster, or add --dry-run", where="sbatch"
+        )
     sys.exit(subprocess.run(command, cwd=ROOT).returncode)
 
 
 def pause(args: argparse.Namespace) -> None:
-    from mini_r1.model import STOP_FILE
+    from mini_r1.run import recipe_of, request_stop
 
     run_dir = Path(args.run)
-    if not (run_dir / "recipe.yaml").is_file():
-        raise InputError(f"{run_dir}: no run; want a folder such as runs/tiny-cpu")
-    (run_dir / STOP_FILE).touch()
-    print(f"if it is running, {run_dir} will save and stop after its next step; the command that started it goes on from there")
+    recipe_of(run_dir)  # refuses what is no run
+    request_stop(run_dir)
+    print(
+        f"if it is running, {run_dir} will save and stop after its next step; "
+        "the command that started it goes on from there"
+    )
 
 
 def play(args: argparse.Namespace) -> None:
@@ -176,16 +174,17 @@ def play(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    from mini_r1.report import write_report
+    from mini_r1.report.page import write_report
+    from mini_r1.run import REPORT_FILE
 
     runs = [Path(run) for run in args.runs]
-    output = Path(args.output) if args.output else runs[0] / "report.html"
+    output = Path(args.output) if args.output else runs[0] / REPORT_FILE
     write_report(runs, output, Path(args.reference) if args.reference else None)
     print(f"the report is {output}")
 
 
 def recipes(args: argparse.Namespace) -> None:
-    from mini_r1.plan import ROOT
+    from mini_r1.launch.plan import ROOT
     from mini_r1.recipe import recipe_table
 
     print(recipe_table(ROOT / "recipes"))
@@ -200,7 +199,7 @@ def solve(args: argparse.Namespace) -> None:
         found = difficulty(args.nums, args.target)
     except ValueError as error:
         raise InputError(str(error)) from None
-    if solution is None:
+    if solution is None or found is None:
         print(f"{args.target} cannot be made from {args.nums}")
         return
     print(f"{solution} = {args.target}")
@@ -208,12 +207,16 @@ def solve(args: argparse.Namespace) -> None:
 
 
 def data_build(args: argparse.Namespace) -> None:
-    from mini_r1.countdown.puzzles import PuzzleSpace, generate
+    from mini_r1.countdown.puzzles import PuzzleSpace, PuzzleSpaceError, generate
     from mini_r1.data import write_puzzles
 
     try:
-        space = PuzzleSpace(tuple(args.num_numbers), tuple(args.number_range), tuple(args.target_range))
+        space = PuzzleSpace(
+            tuple(args.num_numbers), tuple(args.number_range), tuple(args.target_range)
+        )
         puzzles = list(generate(args.num_puzzles, args.seed, space))
+    except PuzzleSpaceError as error:
+        raise InputError(str(error), where=f"--{error.name.replace('_', '-')}") from None
     except ValueError as error:
         raise InputError(str(error)) from None
     write_puzzles(puzzles, Path(args.output))
@@ -227,7 +230,8 @@ def data_check(args: argparse.Namespace) -> None:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    from mini_r1.sweep import load_sweep, run_sweep, write_results
+    from mini_r1.report.results import write_results
+    from mini_r1.sweep import load_sweep, run_sweep
 
     loaded = load_sweep(Path(args.sweep))
     run_sweep(loaded, args.jobs)
@@ -236,107 +240,223 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def base_build(args: argparse.Namespace) -> None:
-    from mini_r1.cold_start import build_base
+    from mini_r1.bases.cold_start import build_base
 
     build_base(args.name, Path(args.output or args.name))
 
 
-# ---- Arguments --------------------------------------------------------------------------------------------------------------
+# ---- Arguments ------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mini-r1",
-        description="See reinforcement learning teach a language model to reason, on the Countdown number game.",
+        description="See reinforcement learning teach a language model to reason, on the "
+        "Countdown number game.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"mini-r1 {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = _command(commands, "train", train, "run a recipe: evaluate, train with GRPO, evaluate again")
-    command.add_argument("recipe", help="a YAML recipe; any of its keys can be overridden with --key value")
-    command.add_argument("--dry-run", action="store_true", help="only say what would run where, and whether it fits")
+    command = _command(
+        commands, "train", train, "run a recipe: evaluate, train with GRPO, evaluate again"
+    )
+    command.add_argument(
+        "recipe", help="a YAML recipe; any of its keys can be overridden with --key value"
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="only say what would run where, and whether it fits"
+    )
     _machine_arguments(command)
 
     command = _command(commands, "doctor", doctor, "will it run here, and if not, what to change")
-    command.add_argument("recipe", nargs="?", help="a YAML recipe; without one, only the installation is examined")
+    command.add_argument(
+        "recipe", nargs="?", help="a YAML recipe; without one, only the installation is examined"
+    )
     _machine_arguments(command)
 
-    command = _command(commands, "eval", evaluate, "held-out success of a run or a model, with its 95 %% interval")
-    command.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, tiny_base, a model folder, or a hub id")
-    command.add_argument("--recipe", help="recipe that says puzzles and prompt; a run and tiny_base bring their own")
-    command.add_argument("--num-puzzles", type=_positive, help="held-out puzzles (default: the recipe's)")
-    command.add_argument("--num-samples", type=_positive, help="completions per puzzle (default: the recipe's)")
-    command.add_argument("--temperature", type=float, help="sampling temperature (default: the recipe's)")
+    command = _command(
+        commands, "eval", evaluate, "held-out success of a run or a model, with its 95 %% interval"
+    )
+    command.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="a run folder, tiny_base, a model folder, or a hub id"
+    )
+    command.add_argument(
+        "--recipe", help="recipe that says puzzles and prompt; a run and tiny_base bring their own"
+    )
+    command.add_argument(
+        "--num-puzzles", type=_positive, help="held-out puzzles (default: the recipe's)"
+    )
+    command.add_argument(
+        "--num-samples", type=_positive, help="completions per puzzle (default: the recipe's)"
+    )
+    command.add_argument(
+        "--temperature", type=float, help="sampling temperature (default: the recipe's)"
+    )
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     command.add_argument("--json", metavar="FILE", help="write the result here, too")
 
-    command = _command(commands, "report", report, "one HTML page about a run, or about several side by side")
+    command = _command(
+        commands, "report", report, "one HTML page about a run, or about several side by side"
+    )
     command.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, finished or not")
-    command.add_argument("--output", metavar="FILE", help="default: report.html in the (first) run's folder")
     command.add_argument(
-        "--reference", metavar="CSV", help="a published curve to lay under the charts; columns step, success, tokens, ..."
+        "--output", metavar="FILE", help="default: report.html in the (first) run's folder"
+    )
+    command.add_argument(
+        "--reference",
+        metavar="CSV",
+        help="a published curve to lay under the charts; columns step, success, tokens, ...",
     )
 
-    _command(commands, "recipes", recipes, "every recipe: hardware, time, expected result, measured or not")
+    _command(
+        commands,
+        "recipes",
+        recipes,
+        "every recipe: hardware, time, expected result, measured or not",
+    )
 
     command = _command(commands, "slurm", slurm, "train a recipe on a SLURM cluster")
-    command.add_argument("recipe", help="a YAML recipe; any of its keys can be overridden with --key value")
     command.add_argument(
-        "--nodes", type=_positive, default=1, help="with vllm_mode: server, the last of several serves (default: 1)"
+        "recipe", help="a YAML recipe; any of its keys can be overridden with --key value"
+    )
+    command.add_argument(
+        "--nodes",
+        type=_positive,
+        default=1,
+        help="with vllm_mode: server, the last of several serves (default: 1)",
     )
     command.add_argument("--gpus-per-node", type=int, default=0, help="default: 0")
-    command.add_argument("--gpu-memory", type=float, metavar="GB", default=80.0, help="of each GPU, for the check (default: 80)")
-    command.add_argument("--time", metavar="LIMIT", help="of sbatch; account, partition and the like come from SBATCH_* variables")
-    command.add_argument("--dry-run", action="store_true", help="only check and show the job; needs no SLURM")
+    command.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GB",
+        default=80.0,
+        help="of each GPU, for the check (default: 80)",
+    )
+    command.add_argument(
+        "--time",
+        metavar="LIMIT",
+        help="of sbatch; account, partition and the like come from SBATCH_* variables",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="only check and show the job; needs no SLURM"
+    )
 
     command = _command(commands, "pause", pause, "ask a running training to save and stop")
     command.add_argument("run", metavar="RUN", help="its run folder")
 
-    command = _command(commands, "play", play, "watch a model think about a puzzle, and hear the judge")
-    command.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, tiny_base, a model folder, or a hub id")
-    command.add_argument("--nums", type=int, nargs="+", help="two to six numbers (default: a held-out puzzle is dealt)")
+    command = _command(
+        commands, "play", play, "watch a model think about a puzzle, and hear the judge"
+    )
+    command.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="a run folder, tiny_base, a model folder, or a hub id"
+    )
+    command.add_argument(
+        "--nums",
+        type=int,
+        nargs="+",
+        help="two to six numbers (default: a held-out puzzle is dealt)",
+    )
     command.add_argument("--target", type=int)
-    command.add_argument("--compare", action="store_true", help="beside the model that the run started from")
-    command.add_argument("--temperature", type=float, help="sampling temperature (default: the recipe's)")
-    command.add_argument("--seed", type=int, help="of dealing and sampling (default: another one every time)")
+    command.add_argument(
+        "--compare", action="store_true", help="beside the model that the run started from"
+    )
+    command.add_argument(
+        "--temperature", type=float, help="sampling temperature (default: the recipe's)"
+    )
+    command.add_argument(
+        "--seed", type=int, help="of dealing and sampling (default: another one every time)"
+    )
 
     command = _command(commands, "solve", solve, "solve a puzzle exactly")
     command.add_argument("nums", type=int, nargs="+", help="two to six numbers")
     command.add_argument("--target", type=int, required=True)
 
-    data = commands.add_parser("data", help="make or audit puzzles").add_subparsers(required=True, metavar="COMMAND")
+    data = commands.add_parser("data", help="make or audit puzzles").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
     command = _command(data, "build", data_build, "make solvable puzzles, without duplicates")
     command.add_argument("--num-puzzles", type=_positive, required=True)
-    command.add_argument("--seed", type=int, default=42, help="the same seed gives the same bytes anywhere (default: 42)")
-    command.add_argument("--num-numbers", type=int, nargs="+", default=[3, 4], help="numbers per puzzle (default: 3 4)")
-    command.add_argument("--number-range", type=int, nargs=2, default=[1, 99], metavar=("LOW", "HIGH"))
-    command.add_argument("--target-range", type=int, nargs=2, default=[10, 99], metavar=("LOW", "HIGH"))
-    command.add_argument("--output", required=True, metavar="FILE", help=".jsonl or .parquet; columns nums, target")
-    command = _command(data, "check", data_check, "audit a data set: solvable, duplicates, difficulty")
+    command.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        help="the same seed gives the same bytes anywhere (default: 42)",
+    )
+    command.add_argument(
+        "--num-numbers",
+        type=int,
+        nargs="+",
+        default=[3, 4],
+        help="numbers per puzzle (default: 3 4)",
+    )
+    command.add_argument(
+        "--number-range", type=int, nargs=2, default=[1, 99], metavar=("LOW", "HIGH")
+    )
+    command.add_argument(
+        "--target-range", type=int, nargs=2, default=[10, 99], metavar=("LOW", "HIGH")
+    )
+    command.add_argument(
+        "--output", required=True, metavar="FILE", help=".jsonl or .parquet; columns nums, target"
+    )
+    command = _command(
+        data, "check", data_check, "audit a data set: solvable, duplicates, difficulty"
+    )
     command.add_argument("source", metavar="FILE_OR_HUB_ID")
-    command.add_argument("--split", default="train", help="split of a hub data set (default: train)")
+    command.add_argument(
+        "--split", default="train", help="split of a hub data set (default: train)"
+    )
 
-    command = _command(commands, "sweep", sweep, "run a recipe under several settings and seeds, and write tables and curves")
+    command = _command(
+        commands,
+        "sweep",
+        sweep,
+        "run a recipe under several settings and seeds, and write tables and curves",
+    )
     command.add_argument("sweep", help="a YAML file such as recipes/sweeps/ablations.yaml")
-    command.add_argument("--jobs", type=_positive, default=1, help="runs at a time, each on its share of the cores (default: 1)")
+    command.add_argument(
+        "--jobs",
+        type=_positive,
+        default=1,
+        help="runs at a time, each on its share of the cores (default: 1)",
+    )
 
-    base = commands.add_parser("base", help="the embedded base models").add_subparsers(required=True, metavar="COMMAND")
-    command = _command(base, "build", base_build, "remake an embedded base from nothing (less than an hour)")
-    command.add_argument("name", nargs="?", default=EMBEDDED_BASES[0], choices=EMBEDDED_BASES, help="default: %(default)s")
+    base = commands.add_parser("base", help="the embedded base models").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    command = _command(
+        base, "build", base_build, "remake an embedded base from nothing (less than an hour)"
+    )
+    command.add_argument(
+        "name",
+        nargs="?",
+        default=EMBEDDED_BASES[0],
+        choices=EMBEDDED_BASES,
+        help="default: %(default)s",
+    )
     command.add_argument("--output", metavar="DIR", help="a new folder (default: the name)")
     return parser
 
 
 def _command(commands, name, function, help):
-    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
+    parser = commands.add_parser(
+        name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False
+    )
     parser.set_defaults(command=function)
     return parser
 
 
 def _machine_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpus", type=int, help="plan for a machine with so many GPUs (default: this one)")
-    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="of each of them, as the card says: 24, 80, ...")
+    parser.add_argument(
+        "--gpus", type=int, help="plan for a machine with so many GPUs (default: this one)"
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GB",
+        help="of each of them, as the card says: 24, 80, ...",
+    )
 
 
 def _positive(text: str) -> int:

@@ -1,6 +1,7 @@
 """A completion -> its think part, its answer, and the arithmetic claims it makes.
 
-A completion is what the model wrote after the prompt's prefilled `<think>`. Nothing here decides about rewards: `rewards.py` does.
+A completion is what the model wrote after the prompt's prefilled `<think>`. Nothing here decides
+about rewards: `rewards.py` does.
 """
 
 import re
@@ -25,8 +26,10 @@ class Completion:
 
     Attributes:
         think: everything up to the one `</think>`; the whole text if there is not exactly one.
-        answer: the content of the one `<answer>...</answer>` that follows the one `</think>`, or None.
-        well_formed: one think block, whitespace, one non-empty answer block, nothing but whitespace after it.
+        answer: the content of the one `<answer>...</answer>` that follows the one `</think>`, or
+            None.
+        well_formed: one think block, whitespace, one non-empty answer block, nothing but whitespace
+            after it.
     """
 
     think: str
@@ -36,7 +39,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Claim:
-    """An arithmetic claim `left = right` found in a text, with its place in the text and whether it is exactly true."""
+    """An arithmetic claim `left = right` in a text, its place there, and whether it is true."""
 
     left: str
     right: str
@@ -56,14 +59,17 @@ def parse_completion(text: str) -> Completion:
     answer, close, after = rest.partition(ANSWER_CLOSE)
     if not close:
         return Completion(think, None, False)
-    well_formed = THINK_OPEN not in text and not before.strip() and bool(answer.strip()) and not after.strip()
+    well_formed = (
+        THINK_OPEN not in text and not before.strip() and bool(answer.strip()) and not after.strip()
+    )
     return Completion(think, answer, well_formed)
 
 
 def claims(text: str) -> Iterator[Claim]:
-    """The arithmetic claims of a text, in order: `8 + 13 = 21`, and both claims of `99 - 75 + 62 = 24 + 62 = 86`.
+    """The arithmetic claims of a text, in order.
 
-    A claim has an operator on its left and plain integer arithmetic on both sides; `4 / 3 = 1.33` is none.
+    `8 + 13 = 21` is one, `99 - 75 + 62 = 24 + 62 = 86` holds two. A claim has an operator on its
+    left and plain integer arithmetic on both sides; `4 / 3 = 1.33` is none.
     """
     text = _BULLET.sub(lambda match: " " * len(match[0]), text)
     for run in _ARITHMETIC.finditer(text):
@@ -83,7 +89,10 @@ def claims(text: str) -> Iterator[Claim]:
 
 
 def marked(text: str) -> Iterator[tuple[str, bool | None]]:
-    """The text in parts that make the whole: those that are arithmetic claims with their truth, those between them with None."""
+    """The text in parts that make the whole.
+
+    Those that are arithmetic claims come with their truth, those between them with None.
+    """
     position = 0
     for claim in claims(text):
         if claim.start < position:
@@ -100,12 +109,16 @@ def printable(text: str) -> str:
 
 
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
-    """The span without outer blanks and without outer brackets that have no partner in them, as in `(8 + 13 = 21)`."""
+    """The span without outer blanks and outer brackets that have no partner in it.
+
+    The claim in `(8 + 13 = 21)` has two such brackets, one on either side.
+    """
     while start < end:
         unclosed = text.count("(", start, end) - text.count(")", start, end)
-        if text[start] in " \t)" or (unclosed > 0 and text[start] == "("):
+        first, last = text[start], text[end - 1]
+        if first in " \t)" or (unclosed > 0 and first == "("):
             start += 1
-        elif text[end - 1] in " \t" or (unclosed < 0 and text[end - 1] == ")") or text[end - 1] == "(":
+        elif last in " \t(" or (unclosed < 0 and last == ")"):
             end -= 1
         else:
             break

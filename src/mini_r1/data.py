@@ -1,7 +1,8 @@
 """hub | local file | generated -> leak-free split -> prompt dataset.
 
-What is taken and what is held out is decided for each puzzle by a hash of `split_seed` and its canonical key, and by nothing else:
-every rank, every resume and every order of the rows gives the same parts, and no puzzle can stand in both.
+What is taken and what is held out is decided for each puzzle by a hash of `split_seed` and its
+canonical key, and by nothing else: every rank, every resume and every order of the rows gives the
+same parts, and no puzzle can stand in both.
 """
 
 import json
@@ -13,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mini_r1 import InputError
+from mini_r1 import InputError, one_line
 from mini_r1.countdown.puzzles import Puzzle, generate, uniform_hash
 from mini_r1.countdown.solver import check_numbers, difficulty
 from mini_r1.model import is_local
@@ -22,13 +23,17 @@ from mini_r1.recipe import TaskConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 FILE_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 
 
 @dataclass(frozen=True)
 class Split:
-    """The two parts of a task's puzzles, without duplicates, each in the order of its hashes; `duplicates` were dropped."""
+    """The two parts of a task's puzzles, each in the order of its hashes.
+
+    Of equal puzzles the first is kept; `duplicates` counts those that were dropped.
+    """
 
     train: tuple[Puzzle, ...]
     heldout: tuple[Puzzle, ...]
@@ -36,8 +41,12 @@ class Split:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of both parts: equal exactly when two runs learn from and are judged on the same puzzles."""
-        return sha256("\n".join(p.key for part in (self.train, (), self.heldout) for p in part).encode()).hexdigest()
+        """SHA-256 of both parts.
+
+        Equal exactly when two runs learn from and are judged on the same puzzles.
+        """
+        parts = ("\n".join(puzzle.key for puzzle in part) for part in (self.train, self.heldout))
+        return sha256("\n\n".join(parts).encode()).hexdigest()
 
 
 def load_split(task: TaskConfig) -> Split:
@@ -51,11 +60,12 @@ def load_split(task: TaskConfig) -> Split:
         try:
             puzzles = list(generate(task.num_puzzles, task.split_seed, task.space))
         except ValueError as error:
-            raise InputError(f"num_puzzles: {error}") from None
+            raise InputError(str(error), key="num_puzzles") from None
     else:
         puzzles = load_puzzles(source, task.dataset_split)
-    distinct = {puzzle.key: puzzle for puzzle in reversed(puzzles)}
-    taken = sorted(distinct, key=lambda key: uniform_hash("take", task.split_seed, key))[: task.num_puzzles]
+    distinct = {puzzle.key: puzzle for puzzle in reversed(puzzles)}  # the first of equal ones
+    ordered = sorted(distinct, key=lambda key: uniform_hash("take", task.split_seed, key))
+    taken = ordered[: task.num_puzzles]
     heldout = {key for key in taken if is_heldout(key, task)}
     split = Split(
         train=tuple(distinct[key] for key in taken if key not in heldout),
@@ -64,14 +74,18 @@ def load_split(task: TaskConfig) -> Split:
     )
     if not split.train or not split.heldout:
         raise InputError(
-            f"dataset_id_or_path: {len(taken)} puzzles in {source} leave {len(split.train)} to train on and "
-            f"{len(split.heldout)} held out; use more puzzles or another test_share"
+            f"{len(taken)} puzzles in {source} leave {len(split.train)} to train on and "
+            f"{len(split.heldout)} held out; use more puzzles or another test_share",
+            key="dataset_id_or_path",
         )
     return split
 
 
 def is_heldout(key: str, task: TaskConfig) -> bool:
-    """Whether the puzzle with this canonical key belongs to the held-out part; asks the task for split_seed and test_share only."""
+    """Whether the puzzle with this canonical key belongs to the held-out part.
+
+    Asks the task for split_seed and test_share only.
+    """
     return uniform_hash("split", task.split_seed, key) < task.test_share * 2**64
 
 
@@ -85,36 +99,48 @@ def load_puzzles(source: str, split: str = "train") -> list[Puzzle]:
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in FILE_SUFFIXES)
         if not files:
-            raise InputError(f"dataset_id_or_path: no {', '.join(FILE_SUFFIXES)} file in the folder {source}")
+            suffixes = ", ".join(FILE_SUFFIXES)
+            raise InputError(f"no {suffixes} file in the folder {source}", key="dataset_id_or_path")
         return [puzzle for file in files for puzzle in _puzzles(_read_file(file), str(file))]
     if path.is_file():
         return _puzzles(_read_file(path), source)
     if path.suffix in FILE_SUFFIXES or is_local(source):
         raise InputError(
-            f"dataset_id_or_path: no file or folder '{source}'; write a path, a hub id such as owner/name, or generated"
+            f"no file or folder '{source}'; write a path, a hub id such as owner/name, or "
+            "generated",
+            key="dataset_id_or_path",
         )
     return _puzzles(_read_hub(source, split), source)
 
 
 def prompt_dataset(
-    puzzles: Iterable[Puzzle], template: PromptTemplate, tokenizer: Any, max_prompt_length: int
+    puzzles: Iterable[Puzzle],
+    template: PromptTemplate,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_prompt_length: int,
 ) -> tuple["Dataset", int]:
-    """A dataset with the columns prompt (str), target (int), nums (list of int), and how many prompts were too long for it.
+    """What the trainer draws from.
 
     Args:
         max_prompt_length: in tokens; today's TRL neither truncates nor drops prompts by itself.
+
+    Returns:
+        a dataset with the columns prompt (str), target (int) and nums (list of int), and how many
+        prompts were too long for it.
     """
     from datasets import Dataset
 
-    rows = [
-        {"prompt": template.render(puzzle.nums, puzzle.target, tokenizer), "target": puzzle.target, "nums": list(puzzle.nums)}
-        for puzzle in puzzles
-    ]
+    rows = []
+    for puzzle in puzzles:
+        prompt = template.render(puzzle.nums, puzzle.target, tokenizer)
+        rows.append({"prompt": prompt, "target": puzzle.target, "nums": list(puzzle.nums)})
     lengths = [len(ids) for ids in tokenizer([row["prompt"] for row in rows])["input_ids"]]
     kept = [row for row, length in zip(rows, lengths, strict=True) if length <= max_prompt_length]
     if not kept:
         raise InputError(
-            f"max_prompt_length: all prompts are longer than {max_prompt_length} tokens; the shortest has {min(lengths)}"
+            f"all prompts are longer than {max_prompt_length} tokens; "
+            f"the shortest has {min(lengths)}",
+            key="max_prompt_length",
         )
     return Dataset.from_list(kept), len(rows) - len(kept)
 
@@ -136,14 +162,16 @@ def write_puzzles(puzzles: Sequence[Puzzle], path: Path) -> None:
 
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), partial)
         else:
-            raise InputError(f"--output: want a name that ends in .jsonl or .parquet, got {path}")
+            raise InputError(
+                f"want a name that ends in .jsonl or .parquet, got {path}", where="--output"
+            )
         partial.replace(path)
     except OSError as error:
-        raise InputError(f"--output: {path} cannot be written: {error.strerror}") from None
+        raise InputError(f"{path} cannot be written: {error.strerror}", where="--output") from None
 
 
 def audit(puzzles: Sequence[Puzzle]) -> dict[str, Any]:
-    """What is in a data set: how many puzzles are solvable, doubled, need only + and -, and how hard they are."""
+    """What is in a data set: how many puzzles are solvable, doubled, and how hard they are."""
     found = {puzzle.key: difficulty(puzzle.nums, puzzle.target) for puzzle in puzzles}
     solvable = [d for d in found.values() if d is not None]
     return {
@@ -157,10 +185,10 @@ def audit(puzzles: Sequence[Puzzle]) -> dict[str, Any]:
     }
 
 
-# ---- Reading ----------------------------------------------------------------------------------------------------------------
+# ---- Reading --------------------------------------------------------------------------------
 
 
-def _read_file(path: Path) -> list[Mapping[str, Any]]:
+def _read_file(path: Path) -> Iterable[Mapping[str, Any]]:
     import pandas
 
     try:
@@ -171,20 +199,23 @@ def _read_file(path: Path) -> list[Mapping[str, Any]]:
         else:
             frame = pandas.read_json(path, lines=path.suffix == ".jsonl")
     except (OSError, ValueError) as error:
-        raise InputError(f"dataset_id_or_path: {path} cannot be read: {' '.join(str(error).split())}") from None
+        raise InputError(
+            f"{path} cannot be read: {one_line(error)}", key="dataset_id_or_path"
+        ) from None
     return frame.to_dict("records")
 
 
-def _read_hub(dataset_id: str, split: str) -> Sequence[Mapping[str, Any]]:
+def _read_hub(dataset_id: str, split: str) -> Iterable[Mapping[str, Any]]:
     from datasets import load_dataset
 
     try:
-        return load_dataset(dataset_id, split=split)
-    except (OSError, ValueError, RuntimeError) as error:  # offline, unknown id, unknown split: the hub's own words follow
-        reason = " ".join(str(error).split())[:200]
+        return iter(load_dataset(dataset_id, split=split))
+    except (OSError, ValueError, RuntimeError) as error:
+        # Offline, unknown id, unknown split: the hub's own words follow.
         raise InputError(
-            f"dataset_id_or_path: '{dataset_id}' cannot be loaded from the hub ({reason}); "
-            "without network write 'dataset_id_or_path: generated'"
+            f"'{dataset_id}' cannot be loaded from the hub ({one_line(error, 200)}); without "
+            "network write 'dataset_id_or_path: generated'",
+            key="dataset_id_or_path",
         ) from error
 
 
@@ -198,7 +229,9 @@ def _puzzles(rows: Iterable[Mapping[str, Any]], source: str) -> list[Puzzle]:
             puzzle = Puzzle(tuple(_integer(n) for n in nums), _integer(row["target"]))
             check_numbers(puzzle.nums)
         except KeyError as error:
-            raise InputError(f"{source}: no column {error}; want the columns nums and target, got {list(row)}") from None
+            raise InputError(
+                f"{source}: no column {error}; want the columns nums and target, got {list(row)}"
+            ) from None
         except (TypeError, ValueError) as error:
             raise InputError(f"{source} row {number}: no puzzle: {error}") from None
         puzzles.append(puzzle)

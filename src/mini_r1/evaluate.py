@@ -1,17 +1,18 @@
 """Held-out success with its 95 % interval, pass@k, by difficulty.
 
-Every completion is sampled with plain `model.generate` and judged by the same rewards as in training. Batches have a fixed content
-and a seed of their own, so the result does not depend on the number of processes, and the training's random state is untouched.
+Every completion is sampled with plain `model.generate` and judged by the same rewards as in
+training. Batches have a fixed content and a seed of their own, so the result does not depend on
+the number of processes, and the training's random state is untouched.
 
     mini-r1 eval runs/tiny-cpu --num-puzzles 1000 --num-samples 4
 """
 
 import math
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
@@ -19,18 +20,19 @@ from typing import Any
 import rich
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mini_r1 import InputError
 from mini_r1.behaviors import behavior, summarize_behaviors
 from mini_r1.countdown.puzzles import Puzzle, uniform_hash
 from mini_r1.countdown.solver import Difficulty, difficulty
 from mini_r1.data import Split, load_split
-from mini_r1.model import load_model, load_tokenizer, model_path, run_weights
-from mini_r1.plan import EVALUATION_BATCH
+from mini_r1.launch.memory import EVALUATION_BATCH
+from mini_r1.model import load_model, load_tokenizer
 from mini_r1.prompts import PROMPT_TEMPLATES
-from mini_r1.recipe import TRAINING_DEFAULTS, TaskConfig, load_recipe
+from mini_r1.recipe import TaskConfig
 from mini_r1.rewards import equation_reward, format_reward
+from mini_r1.run import Evaluation, Example, Group, weights_and_task
 
 RULE = "every given number used exactly once, exact arithmetic"
 
@@ -56,19 +58,24 @@ def evaluate_model(
     num_samples: int | None = None,
     temperature: float | None = None,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Evaluate a run or a model on held-out puzzles, in one process.
 
     Args:
         name: a run folder, `tiny_base`, a model folder, or a model id of the hub.
-        recipe_path: says puzzles, prompt and length; else the `recipe.yaml` beside the weights does, else the defaults.
+        recipe_path: says puzzles, prompt and length; else the recipe beside the weights does, else
+            the defaults.
         num_puzzles, num_samples, temperature: override the recipe's.
 
     Raises:
         InputError: no such model, data or recipe, or more puzzles asked for than are held out.
     """
     weights, task, max_completion_length = weights_and_task(name, recipe_path)
-    changes = {"num_eval_puzzles": num_puzzles, "num_eval_samples": num_samples, "eval_temperature": temperature}
+    changes = {
+        "num_eval_puzzles": num_puzzles,
+        "num_eval_samples": num_samples,
+        "eval_temperature": temperature,
+    }
     task = replace(task, **{key: value for key, value in changes.items() if value is not None})
     tokenizer, model = load_tokenizer(weights), load_model(weights)
     puzzles = heldout_puzzles(load_split(task), task)
@@ -83,25 +90,9 @@ def evaluate_model(
             on_batch=on_batch,
         )
     samples = [sample for _, batch in batches for sample in batch]
-    return summarize(samples, task, max_completion_length=max_completion_length, model=name, seed=seed)
-
-
-def weights_and_task(name: str, recipe_path: str | None = None) -> tuple[str, TaskConfig, int]:
-    """What a name such as `runs/tiny-cpu` stands for: the folder or id of its weights, its task, the completions' length in tokens.
-
-    Args:
-        recipe_path: else the `recipe.yaml` beside the weights counts, else the defaults.
-
-    Raises:
-        InputError: no such recipe, or a run that has saved nothing yet.
-    """
-    folder = Path(model_path(name))
-    own_recipe = folder / "recipe.yaml"
-    if recipe_path is None and own_recipe.is_file():
-        recipe_path = str(own_recipe)
-    recipe = load_recipe(recipe_path) if recipe_path else None
-    length = (recipe.training if recipe else TRAINING_DEFAULTS)["max_completion_length"]
-    return str(run_weights(folder)) if own_recipe.is_file() else name, recipe.task if recipe else TaskConfig(), length
+    return summarize(
+        samples, task, max_completion_length=max_completion_length, model=name, seed=seed
+    )
 
 
 def heldout_puzzles(split: Split, task: TaskConfig) -> tuple[Puzzle, ...]:
@@ -112,25 +103,34 @@ def heldout_puzzles(split: Split, task: TaskConfig) -> tuple[Puzzle, ...]:
     """
     if len(split.heldout) < task.num_eval_puzzles:
         raise InputError(
-            f"num_eval_puzzles: {task.num_eval_puzzles} asked for, but {len(split.heldout)} puzzles are held out; "
-            "lower it, or raise num_puzzles or test_share"
+            f"{task.num_eval_puzzles} asked for, but {len(split.heldout)} puzzles are held out; "
+            "lower it, or raise num_puzzles or test_share",
+            key="num_eval_puzzles",
         )
     return split.heldout[: task.num_eval_puzzles]
 
 
 @contextmanager
-def progress_bar(completions: int, name: str, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar that counts completions, on a terminal only; yields what to call with the number of new ones."""
+def progress_bar(
+    completions: int, name: str, shown: bool = True
+) -> Generator[Callable[[int], None]]:
+    """A bar that counts completions, on a terminal only.
+
+    Yields:
+        what to call with the number of new ones.
+    """
     console = rich.get_console()
-    columns = (TextColumn(f"evaluating {name}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_interactive)) as progress:
+    disable = not (shown and console.is_interactive)
+    what = TextColumn(f"evaluating {name}")
+    columns = (what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=disable) as progress:
         task = progress.add_task(name, total=completions)
         yield lambda new: progress.advance(task, new)
 
 
 def sample_batches(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     puzzles: Sequence[Puzzle],
     task: TaskConfig,
     *,
@@ -140,57 +140,78 @@ def sample_batches(
     num_processes: int = 1,
     on_batch: Callable[[int], None] = lambda completions: None,
 ) -> list[tuple[int, list[Sample]]]:
-    """Sample and judge this process's share of the batches: (batch index, its samples, those of one puzzle side by side).
+    """Sample and judge this process's share of the batches.
 
     Args:
         model: a causal language model with `generate`.
         task: says the prompt, the temperature and the number of samples per puzzle.
         max_completion_length: in tokens; longer completions are cut and count as truncated.
         on_batch: called after each batch with the number of completions it held.
+
+    Returns:
+        (batch index, its samples), the samples of one puzzle side by side.
     """
+    # What all batches share.
     num_samples, template = task.num_eval_samples, PROMPT_TEMPLATES[task.prompt_template]
-    per_batch = max(1, EVALUATION_BATCH // num_samples)
+    per_batch = max(1, EVALUATION_BATCH // num_samples)  # puzzles
     stops = stop_ids(model, tokenizer)
     generation = sampling(model, tokenizer, task, max_completion_length, num_samples)
-    batches = []
+    # Leave the training as it was: its mode, and its random state.
     was_training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
     model.eval()
+    batches = []
     with torch.inference_mode(), torch.random.fork_rng(devices=devices):
         num_batches = math.ceil(len(puzzles) / per_batch)
         for first in range(0, num_batches, num_processes):
-            # Under ZeRO-3 all processes must generate together: one without a batch of its own repeats the last, for nothing.
+            # Under ZeRO-3 all processes must generate together: one without a batch of its own
+            # repeats the last, for nothing.
             index = min(first + process, num_batches - 1)
             batch = puzzles[index * per_batch : (index + 1) * per_batch]
             torch.manual_seed(uniform_hash("evaluate", seed, index) >> 1)
+
+            # Sample: [batch, prompt] -> [batch * num_samples, prompt + completion].
             prompts = [template.render(puzzle.nums, puzzle.target, tokenizer) for puzzle in batch]
-            inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-            # [batch * num_samples, prompt + completion]
-            sequences = model.generate(**inputs, generation_config=generation)
-            completions = sequences[:, inputs["input_ids"].shape[1] :].tolist()
-            repeated = [puzzle for puzzle in batch for _ in range(num_samples)]
+            inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+            inputs = inputs.to(model.device)
+            sequences = model.generate(  # ty: ignore[not-callable]  (GenerationMixin's)
+                **inputs, generation_config=generation
+            )
+
+            # Judge: [batch * num_samples, completion].
             if index == first + process:
+                completions = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+                repeated = [puzzle for puzzle in batch for _ in range(num_samples)]
                 batches.append((index, _judge(repeated, completions, tokenizer, stops)))
                 on_batch(len(completions))
     model.train(was_training)
     return batches
 
 
-def summarize(samples: Sequence[Sample], task: TaskConfig, **facts: Any) -> dict[str, Any]:
-    """What `eval/*.json` holds. `samples` lie puzzle by puzzle, `num_eval_samples` each; `facts` are added as they are."""
+def summarize(samples: Sequence[Sample], task: TaskConfig, **facts: Any) -> Evaluation:
+    """What `eval/*.json` holds.
+
+    Args:
+        samples: puzzle by puzzle, `num_eval_samples` of each.
+        facts: added as they are.
+    """
     num_samples = task.num_eval_samples
     by_puzzle = [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
     correct = [sum(int(sample.equation) for sample in group) for group in by_puzzle]
-    shown = [group[0] for group in by_puzzle[:3]]
+    pass_at = {
+        str(k): fmean(pass_at_k(num_samples, c, k) for c in correct)
+        for k in _powers_of_two(num_samples)
+    }
     difficulties = [difficulty(group[0].nums, group[0].target) for group in by_puzzle]
-    return {
+    behaviors = [behavior(sample.completion, sample.target, sample.nums) for sample in samples]
+    result: Evaluation = {
         "success": fmean(sample.equation for sample in samples),
         "ci95": confidence_interval(correct, num_samples),
-        "pass_at": {str(k): fmean(pass_at_k(num_samples, c, k) for c in correct) for k in _powers_of_two(num_samples)},
+        "pass_at": pass_at,
         "by_difficulty": _by_difficulty(correct, difficulties, num_samples),
         "plus_minus_only_share": fmean(d is not None and d.plus_minus_only for d in difficulties),
         "format": fmean(sample.format for sample in samples),
-        "behaviors": summarize_behaviors([behavior(sample.completion, sample.target, sample.nums) for sample in samples]),
+        "behaviors": summarize_behaviors(behaviors),
         "mean_completion_tokens": fmean(sample.tokens for sample in samples),
         "truncated": fmean(sample.truncated for sample in samples),
         "num_puzzles": len(by_puzzle),
@@ -198,22 +219,36 @@ def summarize(samples: Sequence[Sample], task: TaskConfig, **facts: Any) -> dict
         "temperature": task.eval_temperature,
         "split": f"held-out, split_seed {task.split_seed}, test_share {task.test_share}",
         "rule": RULE,
-        "examples": [{"nums": s.nums, "target": s.target, "completion": s.completion, "solved": s.equation == 1.0} for s in shown],
+        "examples": [_example(group[0]) for group in by_puzzle[:3]],
         **facts,
+    }
+    return result
+
+
+def _example(sample: Sample) -> Example:
+    return {
+        "nums": sample.nums,
+        "target": sample.target,
+        "completion": sample.completion,
+        "solved": sample.equation == 1.0,
     }
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """The chance that k of the samples hold a correct one: 1 - C(n-c, k) / C(n, k), unbiased (Chen et al., arXiv:2107.03374)."""
+    """The chance that k of the samples hold a correct one.
+
+    1 - C(n-c, k) / C(n, k), which is unbiased (Chen et al., arXiv:2107.03374).
+    """
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
 def confidence_interval(correct: Sequence[int], num_samples: int) -> tuple[float, float]:
     """The 95 % interval of the mean success: Wilson's, with the puzzles as the independent units.
 
-    Samples of one puzzle resemble each other, so `num_puzzles * num_samples` would promise too much. The effective number of
-    samples is the one whose binomial variance equals the variance seen between puzzles (Kish's design effect); with one sample
-    per puzzle this is Wilson's interval itself.
+    Samples of one puzzle resemble each other, so `num_puzzles * num_samples` would promise too
+    much. The effective number of samples is the one whose binomial variance equals the variance
+    seen between puzzles (Kish's design effect); with one sample per puzzle this is Wilson's
+    interval itself.
 
     Args:
         correct: correct samples per puzzle, each 0 to `num_samples`.
@@ -229,7 +264,12 @@ def confidence_interval(correct: Sequence[int], num_samples: int) -> tuple[float
     return 0.0 if p == 0 else centre - half, 1.0 if p == 1 else centre + half
 
 
-def _judge(puzzles: Sequence[Puzzle], completions: list[list[int]], tokenizer: Any, stop_ids: set[int]) -> list[Sample]:
+def _judge(
+    puzzles: Sequence[Puzzle],
+    completions: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: set[int],
+) -> list[Sample]:
     lengths, truncated = [], []
     for ids in completions:
         end = next((position for position, token in enumerate(ids) if token in stop_ids), None)
@@ -238,13 +278,23 @@ def _judge(puzzles: Sequence[Puzzle], completions: list[list[int]], tokenizer: A
     kept = [ids[:length] for ids, length in zip(completions, lengths, strict=True)]
     texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
     formats = format_reward(texts)
-    equations = equation_reward(texts, target=[p.target for p in puzzles], nums=[p.nums for p in puzzles])
+    targets, numbers = [p.target for p in puzzles], [p.nums for p in puzzles]
+    equations = equation_reward(texts, target=targets, nums=numbers)
     columns = zip(puzzles, texts, lengths, truncated, formats, equations, strict=True)
     return [Sample(puzzle.nums, puzzle.target, *rest) for puzzle, *rest in columns]
 
 
-def sampling(model: Any, tokenizer: Any, task: TaskConfig, max_completion_length: int, num_samples: int = 1) -> GenerationConfig:
-    """How completions are sampled wherever a model is judged: at the task's temperature, with nothing else in between."""
+def sampling(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskConfig,
+    max_completion_length: int,
+    num_samples: int = 1,
+) -> GenerationConfig:
+    """How completions are sampled wherever a model is judged.
+
+    At the task's temperature, with nothing else in between.
+    """
     return GenerationConfig(
         do_sample=True,
         temperature=task.eval_temperature,
@@ -259,7 +309,7 @@ def sampling(model: Any, tokenizer: Any, task: TaskConfig, max_completion_length
     )
 
 
-def stop_ids(model: Any, tokenizer: Any) -> set[int]:
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that end a completion."""
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
@@ -272,31 +322,34 @@ def _powers_of_two(largest: int) -> list[int]:
 
 def _by_difficulty(
     correct: Sequence[int], difficulties: Sequence[Difficulty | None], num_samples: int
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Success by each measure of difficulty: {"numbers": {"3": {success, ci95, num_puzzles}}, "operator_kinds": ...}."""
-    groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+) -> dict[str, dict[str, Group]]:
+    """Success by each measure of difficulty and its values: {"numbers": {"3": ...}, ...}."""
+    counts: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for count, found in zip(correct, difficulties, strict=True):
-        measures = asdict(found) if found else {"solvable": False}
+        measures: dict[str, Any] = asdict(found) if found else {"solvable": False}
         if found:
-            measures["solutions"] = next(label for limit, label in _SOLUTION_BANDS if found.solutions <= limit)
+            bands = (label for limit, label in _SOLUTION_BANDS if found.solutions <= limit)
+            measures["solutions"] = next(bands)
         for measure, value in measures.items():
-            groups[measure][str(value).lower()].append(count)
-    return {
-        measure: {
-            value: {
-                "success": fmean(counts) / num_samples,
-                "ci95": confidence_interval(counts, num_samples),
-                "num_puzzles": len(counts),
-            }
-            for value, counts in sorted(values.items(), key=lambda item: _band_order(item[0]))
+            counts[measure][str(value).lower()].append(count)
+
+    def group(of_group: Sequence[int]) -> Group:
+        return {
+            "success": fmean(of_group) / num_samples,
+            "ci95": confidence_interval(of_group, num_samples),
+            "num_puzzles": len(of_group),
         }
-        for measure, values in groups.items()
+
+    return {
+        measure: {value: group(values[value]) for value in sorted(values, key=_band_order)}
+        for measure, values in counts.items()
     }
 
 
 def _band_order(value: str) -> tuple[int, str]:
     """Sorts the values of one measure of difficulty: 2-3 before 10+, false before true."""
-    return int(re.match(r"\d*", value)[0] or 0), value
+    digits = "".join(takewhile(str.isdigit, value))
+    return int(digits or 0), value
 
 
 _SOLUTION_BANDS = [(1, "1"), (3, "2-3"), (9, "4-9"), (math.inf, "10+")]

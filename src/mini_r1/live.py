@@ -1,6 +1,7 @@
-"""A run as it goes, on the terminal: how far it is, how good, and every few seconds a fresh sample with the judge's verdict.
+"""A run as it goes, on the terminal: how far it is, how good, and every few seconds a fresh sample.
 
-Where the output is no terminal, or a dumb one, it is plain lines, twenty per run. All figures are those that TensorBoard gets.
+Where the output is no terminal, or a dumb one, it is plain lines, twenty per run. All figures are
+those that TensorBoard gets.
 """
 
 import atexit
@@ -8,6 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import rich
@@ -19,18 +21,12 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
-from mini_r1.callbacks import RolloutRecorder, TrainClock
+from mini_r1 import quirks
+from mini_r1.callbacks import TrainClock
 from mini_r1.completion import marked, printable
-from mini_r1.samples import Sample
+from mini_r1.metrics import EVAL_SUCCESS, METRICS, PANEL
+from mini_r1.rollouts import Rollout, RolloutRecorder
 
-# Shown name -> (key in the trainer's log, format).
-FIGURES = {
-    "reward": ("reward", "{:.2f}"),
-    "success": ("rewards/equation_reward/mean", "{:.0%}"),
-    "tokens": ("completions/mean_length", "{:.0f}"),
-    "truncated": ("completions/clipped_ratio", "{:.0%}"),
-    "no signal": ("frac_reward_zero_std", "{:.0%}"),  # groups whose completions all got the same reward
-}
 PLAIN_LINES = 20  # per run
 SAMPLE_SECONDS = 8.0  # how long a sample stays at least: time to read it
 SAMPLE_CHARS = 600  # of a longer one the end is shown, where the answer is
@@ -51,20 +47,22 @@ class LiveView(TrainerCallback):
         self._name, self._clock, self._recorder = name, clock, recorder
         self._live: Live | None = None
         self._redirected: list[tuple[logging.StreamHandler, Any]] = []
-        self._sample: Sample | None = None
+        self._sample: Rollout | None = None
         self._sample_since = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         # An earlier attempt's seconds count as training, but say nothing about this one's pace.
-        self._began, self._printed = (state.global_step, self._clock.train_seconds), state.global_step
+        self._began = state.global_step, self._clock.train_seconds
+        self._printed = state.global_step
         console = rich.get_console()
         if state.is_world_process_zero and console.is_interactive:
             streams = (sys.stdout, sys.stderr)
             self._live = Live(self._panel(state), console=console)
             self._live.start()
             atexit.register(self._live.stop)  # whatever ends the run, the cursor comes back
-            # What the libraries log goes where sys.stderr pointed before, into the panel; from here on it comes above it.
-            for handler in _stream_handlers():
+            # What the libraries log goes where sys.stderr pointed before, into the panel; from
+            # here on it comes above it.
+            for handler in quirks.stream_handlers():
                 if handler.stream in streams:
                     self._redirected.append((handler, handler.setStream(sys.stderr)))
 
@@ -73,11 +71,14 @@ class LiveView(TrainerCallback):
             self._live.update(self._panel(state))
             return
         # Steps that share a batch of completions with an earlier one log no reward.
-        due = "reward" in logs and state.global_step - self._printed >= state.max_steps / PLAIN_LINES
+        apart = state.max_steps / PLAIN_LINES
+        due = METRICS["reward"].key in (logs or {}) and state.global_step - self._printed >= apart
         if state.is_world_process_zero and due:
             self._printed = state.global_step
-            facts = [f"step {state.global_step}/{state.max_steps}", *figures(state.log_history), self._time_left(state)]
-            print("  ".join(facts), flush=True)
+            step = f"step {state.global_step}/{state.max_steps}"
+            print(
+                "  ".join([step, *figures(state.log_history), self._time_left(state)]), flush=True
+            )
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._live is not None:
@@ -86,49 +87,60 @@ class LiveView(TrainerCallback):
             handler.setStream(stream)
 
     def _panel(self, state: Any) -> Panel:
+        # How far it is.
         progress = Table.grid(padding=(0, 1), expand=True)
         progress.add_column(no_wrap=True)
         progress.add_column(ratio=1)
         progress.add_column(no_wrap=True)
         bar = ProgressBar(total=state.max_steps, completed=state.global_step)
         progress.add_row(f"step {state.global_step}/{state.max_steps}", bar, self._time_left(state))
-        history, key = state.log_history, FIGURES["success"][0]
-        learned = [sparkline([entry[key] for entry in history if key in entry])]
-        learned += [f"held-out success {e['eval_success']:.1%} at step {e['step']}" for e in history if "eval_success" in e][-1:]
-        lines = [progress, Text("   ".join(figures(history))), Text("   ".join(filter(None, learned)))]
-        if self._recorder.latest is not self._sample and time.monotonic() - self._sample_since >= SAMPLE_SECONDS:
-            self._sample, self._sample_since = self._recorder.latest, time.monotonic()
+
+        # How good it is.
+        history, success = state.log_history, METRICS["success"].key
+        learned = [sparkline([entry[success] for entry in history if success in entry])]
+        evaluated = [entry for entry in history if EVAL_SUCCESS in entry]
+        for entry in evaluated[-1:]:
+            learned.append(f"held-out success {entry[EVAL_SUCCESS]:.1%} at step {entry['step']}")
+        lines: list[Any] = [progress, Text("   ".join(figures(history)))]
+        lines.append(Text("   ".join(filter(None, learned))))
+
+        # What it writes, for long enough to be read.
+        latest, shown_for = self._recorder.latest, time.monotonic() - self._sample_since
+        if latest is not self._sample and shown_for >= SAMPLE_SECONDS:
+            self._sample, self._sample_since = latest, time.monotonic()
         if self._sample is not None:
             lines += ["", *_shown(self._sample)]
         return Panel(Group(*lines), title=f"Mini-R1: {self._name}", title_align="left")
 
     def _time_left(self, state: Any) -> str:
-        steps, seconds = state.global_step - self._began[0], self._clock.train_seconds - self._began[1]
+        first_step, seconds_before = self._began
+        steps = state.global_step - first_step
         if steps == 0:
             return "measuring"
-        left = seconds / steps * (state.max_steps - state.global_step)
+        pace = (self._clock.train_seconds - seconds_before) / steps
+        left = pace * (state.max_steps - state.global_step)
         return f"{left / 60:.1f} minutes left" if left < 6000 else f"{left / 3600:.1f} hours left"
-
-
-def _stream_handlers() -> list[logging.StreamHandler]:
-    loggers = [logging.root, *(logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger))]
-    return [handler for logger in loggers for handler in logger.handlers if isinstance(handler, logging.StreamHandler)]
 
 
 def figures(history: Sequence[Mapping[str, Any]]) -> list[str]:
     """The newest value of each figure that was logged: `success 78%`."""
-    newest = {name: next((entry[key] for entry in reversed(history) if key in entry), None) for name, (key, _) in FIGURES.items()}
-    return [f"{name} {FIGURES[name][1].format(value)}" for name, value in newest.items() if value is not None]
+    shown = []
+    for name in PANEL:
+        metric = METRICS[name]
+        logged = [entry[metric.key] for entry in history if metric.key in entry]
+        if logged:
+            shown.append(f"{name.replace('_', ' ')} {metric.shown.format(logged[-1])}")
+    return shown
 
 
 def sparkline(shares: Sequence[float]) -> str:
     """Shares (0 to 1) as a line of little bars, means of neighbours where there are many."""
     size = max(1, -(-len(shares) // SPARKLINE_WIDTH))
-    groups = [shares[start : start + size] for start in range(0, len(shares), size)]
-    return "".join(SPARKS[min(int(sum(group) / len(group) * len(SPARKS)), len(SPARKS) - 1)] for group in groups)
+    means = [fmean(shares[start : start + size]) for start in range(0, len(shares), size)]
+    return "".join(SPARKS[min(int(mean * len(SPARKS)), len(SPARKS) - 1)] for mean in means)
 
 
-def _shown(sample: Sample) -> list[Text]:
+def _shown(sample: Rollout) -> list[Text]:
     """A sample's puzzle with the verdict, and its text with the arithmetic marked."""
     title = Text(f"step {sample.step}: {sample.puzzle}  ", style="bold")
     title.append(sample.verdict, style="green" if sample.solved else "red")

@@ -1,4 +1,4 @@
-"""What produced this run: versions, hardware, git state, hashes of recipe, data and model. Also how every record is written."""
+"""What produced a run: versions, hardware, git state, hashes of recipe, data and model."""
 
 import json
 import os
@@ -10,19 +10,79 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-PACKAGES = ("mini-r1", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "deepspeed", "vllm", "bitsandbytes")
+PACKAGES = (
+    "mini-r1",
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "peft",
+    "deepspeed",
+    "vllm",
+    "bitsandbytes",
+)
 
 
-def build_manifest(recipe: Mapping[str, Any], model_path: str, model_revision: str | None, **facts: Any) -> dict[str, Any]:
-    """The record that `manifest.json` of a run holds.
+class Hardware(TypedDict):
+    """What a process runs on."""
+
+    platform: str
+    cpu_count: int | None
+    torch_threads: int
+    gpus: list[str]
+    world_size: int
+
+
+class GitState(TypedDict):
+    """The source tree that the package runs from."""
+
+    commit: str
+    dirty: bool
+
+
+class ModelRecord(TypedDict):
+    """The model that a run starts from: `sha256` of a local one, `revision` of one of the hub."""
+
+    name: str
+    sha256: str | None
+    revision: str | None
+
+
+class DataRecord(TypedDict):
+    """The puzzles of a run: their hash, how many in each part, how many were dropped."""
+
+    sha256: str
+    train: int
+    heldout: int
+    duplicates: int
+    too_long: int
+
+
+class RunManifest(TypedDict):
+    """What `manifest.json` of a run holds; `started` is UTC."""
+
+    command: list[str]
+    started: str
+    versions: dict[str, str]
+    hardware: Hardware
+    git: GitState | None
+    recipe_sha256: str
+    model: ModelRecord
+    data: DataRecord
+
+
+def build_manifest(
+    recipe: Mapping[str, Any], model_path: str, model_revision: str | None, data: DataRecord
+) -> RunManifest:
+    """The record of a run that starts now.
 
     Args:
         recipe: the resolved recipe.
         model_path: a local folder, whose weights are hashed, or a hub id.
         model_revision: the commit of a hub model.
-        facts: whatever else belongs to the run, such as the hash and the sizes of its data.
     """
     return {
         "command": sys.argv,
@@ -31,8 +91,12 @@ def build_manifest(recipe: Mapping[str, Any], model_path: str, model_revision: s
         "hardware": hardware(),
         "git": _git_state(),
         "recipe_sha256": sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
-        "model": {"name": recipe["model_name_or_path"], "sha256": weights_hash(model_path), "revision": model_revision},
-        **facts,
+        "model": {
+            "name": recipe["model_name_or_path"],
+            "sha256": weights_hash(model_path),
+            "revision": model_revision,
+        },
+        "data": data,
     }
 
 
@@ -47,7 +111,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> Hardware:
     """What this process runs on."""
     import torch
 
@@ -62,7 +126,10 @@ def hardware() -> dict[str, Any]:
 
 
 def weights_hash(model_path: str | Path) -> str | None:
-    """SHA-256 over the safetensors files of a local model folder, in the order of their names; None for anything else."""
+    """SHA-256 over the safetensors files of a local model folder, in the order of their names.
+
+    None for anything else.
+    """
     files = sorted(Path(model_path).glob("*.safetensors"))
     if not files:
         return None
@@ -72,30 +139,14 @@ def weights_hash(model_path: str | Path) -> str | None:
     return digest.hexdigest()
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a record whole or not at all: a killed process leaves the old file."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all, its folder included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Commit and cleanliness of the source tree that this package runs from, or None outside a git checkout."""
+def _git_state() -> GitState | None:
+    """Commit and cleanliness of the source tree; None outside a git checkout."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *arguments], check=True, capture_output=True, text=True, timeout=10
-        ).stdout.strip()
+        command = ["git", "-C", str(here), *arguments]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip()
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}

@@ -1,4 +1,6 @@
-"""Watch a model think about one puzzle: its text as it is written, the judge's verdict last, and a solution if it found none.
+"""Watch a model think about one puzzle: its text as it is written, then the judge's verdict.
+
+If the model found no solution, one is shown.
 
 mini-r1 play runs/tiny-cpu --nums 4 5 12 --target 68
 mini-r1 play runs/tiny-cpu                # deals a held-out puzzle
@@ -11,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-import yaml
+from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from mini_r1 import InputError
@@ -23,10 +25,11 @@ from mini_r1.countdown.expression import ExpressionError, parse
 from mini_r1.countdown.puzzles import Puzzle
 from mini_r1.countdown.solver import check_numbers, solve
 from mini_r1.data import load_split
-from mini_r1.evaluate import sampling, weights_and_task
+from mini_r1.evaluate import sampling
 from mini_r1.model import load_model, load_tokenizer
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TaskConfig
+from mini_r1.run import is_run, recipe_of, weights_and_task
 
 Write = Callable[[str], Any]
 NARROWEST_COLUMN = 30  # characters; below twice that, two texts are written one after the other
@@ -35,7 +38,7 @@ NARROWEST_COLUMN = 30  # characters; below twice that, two texts are written one
 class TextStream(BaseStreamer):
     """Writes a text while `generate` makes it, token by token; `text` is all of it."""
 
-    def __init__(self, tokenizer: Any, write: Write):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write):
         self.text = ""
         self._tokenizer, self._write = tokenizer, write
         self._ids: list[int] | None = None  # None until the prompt has passed
@@ -45,7 +48,7 @@ class TextStream(BaseStreamer):
             self._ids = []
             return
         self._ids += value.flatten().tolist()
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        text = cast(str, self._tokenizer.decode(self._ids, skip_special_tokens=True))
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a letter that is not complete yet
             self._write(text[len(self.text) :])
             self.text = text
@@ -80,48 +83,70 @@ def play(
         task = replace(task, eval_temperature=temperature)
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     if (nums is None) != (target is None):
-        raise InputError("--nums and --target: give both, or neither to be dealt a puzzle")
-    if nums is None:
+        raise InputError("give both, or neither to be dealt a puzzle", where="--nums and --target")
+    if nums is None or target is None:
         puzzle = random.Random(seed).choice(load_split(task).heldout)
     else:
         try:
             check_numbers(nums)
         except ValueError as error:
-            raise InputError(f"--nums: {error}") from None
+            raise InputError(str(error), where="--nums") from None
         puzzle = Puzzle(tuple(nums), target)
     print(f"Make {puzzle.target} using each of {', '.join(map(str, puzzle.nums))} once.")
     if base is None:
-        text = think(weights, puzzle, task, max_completion_length, seed, lambda part: print(printable(part), end="", flush=True))
+        text = think(weights, puzzle, task, max_completion_length, seed, _to_screen)
         print(f"\n{judge(text, puzzle)}")
         return
-    columns = []
-    for title, model in ((base, base), (name, weights)):
+
+    def column(title: str, model: str) -> str:
         text = think(model, puzzle, task, max_completion_length, seed, lambda part: None)
-        columns.append(f"{title}\n\n{printable(text).strip()}\n\n{judge(text, puzzle)}")
-    print(side_by_side(*columns, width=shutil.get_terminal_size().columns))
+        return f"{title}\n\n{printable(text).strip()}\n\n{judge(text, puzzle)}"
+
+    columns = shutil.get_terminal_size().columns
+    print(side_by_side(column(base, base), column(name, weights), width=columns))
 
 
-def think(weights: str, puzzle: Puzzle, task: TaskConfig, max_completion_length: int, seed: int, write: Write) -> str:
+def _to_screen(part: str) -> None:
+    print(printable(part), end="", flush=True)
+
+
+def think(
+    weights: str,
+    puzzle: Puzzle,
+    task: TaskConfig,
+    max_completion_length: int,
+    seed: int,
+    write: Write,
+) -> str:
     """One completion of a model for a puzzle, written as it comes; returns the whole."""
     tokenizer, model = load_tokenizer(weights), load_model(weights)
-    inputs = tokenizer(PROMPT_TEMPLATES[task.prompt_template].render(puzzle.nums, puzzle.target, tokenizer), return_tensors="pt")
+    template = PROMPT_TEMPLATES[task.prompt_template]
+    prompt = template.render(puzzle.nums, puzzle.target, tokenizer)
+    inputs = tokenizer(prompt, return_tensors="pt")
     generation = sampling(model, tokenizer, task, max_completion_length)
     stream = TextStream(tokenizer, write)
     torch.manual_seed(seed)
     with torch.inference_mode():
-        model.generate(**inputs.to(model.device), generation_config=generation, streamer=stream)
+        model.generate(  # ty: ignore[not-callable]  (GenerationMixin's)
+            **inputs.to(model.device), generation_config=generation, streamer=stream
+        )
     return stream.text
 
 
 def judge(text: str, puzzle: Puzzle) -> str:
-    """The judge's verdict with its reason, what the thinking's arithmetic is worth, and a solution if the model found none."""
+    """The judge's verdict with its reason, and what the thinking's arithmetic is worth.
+
+    With a solution, if the model found none.
+    """
     reason = _what_is_wrong(parse_completion(text).answer, puzzle)
     found = list(claims(parse_completion(text).think))
     arithmetic = f"{sum(claim.true for claim in found)} of {len(found)} arithmetic claims are true"
     if reason is None:
         return f"solved\n{arithmetic}"
     solution = solve(puzzle.nums, puzzle.target)
-    rescue = f"a solution: {solution} = {puzzle.target}" if solution else "this puzzle has no solution"
+    rescue = f"a solution: {solution} = {puzzle.target}"
+    if solution is None:
+        rescue = "this puzzle has no solution"
     return f"not solved: {reason}\n{arithmetic}\n{rescue}"
 
 
@@ -140,7 +165,10 @@ def _what_is_wrong(answer: str | None, puzzle: Puzzle) -> str | None:
 
 
 def side_by_side(left: str, right: str, width: int) -> str:
-    """Two texts as columns of a screen so many characters wide, one below the other if it is too narrow for them."""
+    """Two texts as columns of a screen so many characters wide.
+
+    One stands below the other if the screen is too narrow for them.
+    """
     longest = max(map(len, left.splitlines()))
     if width < 2 * NARROWEST_COLUMN or longest + max(map(len, right.splitlines())) + 4 > width:
         return f"{left}\n\n{right}"
@@ -150,7 +178,8 @@ def side_by_side(left: str, right: str, width: int) -> str:
 
 def _base_of(name: str) -> str:
     """The model that a run started from."""
-    try:
-        return yaml.safe_load((Path(name) / "recipe.yaml").read_text(encoding="utf-8"))["model_name_or_path"]
-    except (OSError, KeyError, TypeError):
-        raise InputError(f"--compare: {name} is no run, so there is no base to compare it with") from None
+    if not is_run(Path(name)):
+        raise InputError(
+            f"{name} is no run, so there is no base to compare it with", where="--compare"
+        )
+    return recipe_of(Path(name))["model_name_or_path"]

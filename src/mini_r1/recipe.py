@@ -1,8 +1,9 @@
-"""What a recipe may say; loading, checking, explaining mistakes.
+"""What a recipe may say; loading, checking, defaults, explaining mistakes.
 
-A recipe is one flat YAML file. Its keys are the fields of `TaskConfig` below and of TRL's `ModelConfig` and `GRPOConfig`. The
-latter two are read from the installed source files with `ast`, not imported: importing GRPOConfig takes 4.5 s, and a typo must be
-told in well under one.
+A recipe is one flat YAML file. Its keys are the fields of `TaskConfig` below and of TRL's
+`ModelConfig` and `GRPOConfig`. The latter two are read from the installed source files with `ast`,
+types and defaults alike, not imported: importing GRPOConfig takes 4.5 s, and a typo must be told
+in well under one.
 """
 
 import ast
@@ -16,28 +17,30 @@ from typing import Any
 
 import yaml
 
-from mini_r1 import InputError
-from mini_r1.countdown.puzzles import PuzzleSpace
+from mini_r1 import InputError, one_line
+from mini_r1.countdown.puzzles import PuzzleSpace, PuzzleSpaceError
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.rewards import get_reward_functions
 
-# Where the foreign keys are defined: (package, file, class), subclasses last so that their annotations win.
+# Where the keys are defined: (package, file, class), subclasses last so that theirs win.
 _TRAINING_CLASSES = (
     ("transformers", "training_args.py", "TrainingArguments"),
     ("trl", "trainer/base_config.py", "_BaseConfig"),
     ("trl", "trainer/grpo_config.py", "GRPOConfig"),
 )
 _MODEL_CLASSES = (("trl", "trainer/model_config.py", "ModelConfig"),)
+_TASK_CLASSES = (("mini_r1", "recipe.py", "TaskConfig"),)
 
 # What every run wants unless its recipe says otherwise.
 TRAINING_DEFAULTS = {
     "report_to": ["tensorboard"],  # the libraries' default is none
     "logging_steps": 1,  # a step takes seconds to a minute; its log line costs nothing
     "max_completion_length": 1024,  # the original's; TRL's 512 cuts off 3B models that think aloud
-    "save_total_limit": 2,  # a checkpoint of a 3B model with its optimizer is 40 GB; one spare in case of a torn write
+    # One spare in case of a torn write: a checkpoint of a 3B model with its optimizer is 40 GB.
+    "save_total_limit": 2,
 }
 
-# Keys of TRL 0.14 and transformers 4.48, which the tutorial's recipe used, and what to write instead.
+# Keys of TRL 0.14 and transformers 4.48, the tutorial's, and what to write instead.
 OLD_KEYS = {
     "torch_dtype": "dtype",
     "warmup_ratio": "warmup_steps: a number below 1 is a share of all steps",
@@ -58,60 +61,110 @@ class TaskConfig:
     """The keys of a recipe that are Mini-R1's own.
 
     Raises:
-        InputError: a value that cannot work; the message starts with the key.
+        InputError: a value that cannot work.
     """
 
     dataset_id_or_path: str = field(
         default="generated",
-        metadata={"help": "'generated', a local file or folder (parquet, json, jsonl, csv), or a data set id of the hub"},
+        metadata={
+            "help": "'generated', a local file or folder (parquet, json, jsonl, csv), or a data "
+            "set id of the hub"
+        },
     )
-    dataset_split: str = field(default="train", metadata={"help": "split of a hub data set; both our parts come from it"})
-    num_puzzles: int = field(default=50_000, metadata={"help": "how many puzzles to take, held-out part included"})
-    num_numbers: tuple[int, ...] = field(default=(3, 4), metadata={"help": "generated: how many numbers a puzzle gives"})
-    number_range: tuple[int, int] = field(default=(1, 99), metadata={"help": "generated: smallest and largest number"})
-    target_range: tuple[int, int] = field(default=(10, 99), metadata={"help": "generated: smallest and largest target"})
+    dataset_split: str = field(
+        default="train", metadata={"help": "split of a hub data set; both our parts come from it"}
+    )
+    num_puzzles: int = field(
+        default=50_000, metadata={"help": "how many puzzles to take, held-out part included"}
+    )
+    num_numbers: tuple[int, ...] = field(
+        default=(3, 4), metadata={"help": "generated: how many numbers a puzzle gives"}
+    )
+    number_range: tuple[int, int] = field(
+        default=(1, 99), metadata={"help": "generated: smallest and largest number"}
+    )
+    target_range: tuple[int, int] = field(
+        default=(10, 99), metadata={"help": "generated: smallest and largest target"}
+    )
     split_seed: int = field(
-        default=42, metadata={"help": "decides, with a puzzle's canonical key alone, what is taken and what is held out"}
+        default=42,
+        metadata={
+            "help": "decides, with a puzzle's canonical key alone, what is taken and held out"
+        },
     )
-    test_share: float = field(default=0.1, metadata={"help": "share of the puzzles that is held out"})
-    prompt_template: str = field(default="mini-r1-exact", metadata={"help": f"one of {', '.join(PROMPT_TEMPLATES)}"})
-    max_prompt_length: int = field(default=256, metadata={"help": "longer prompts (tokens) are dropped and counted"})
+    test_share: float = field(
+        default=0.1, metadata={"help": "share of the puzzles that is held out"}
+    )
+    prompt_template: str = field(
+        default="mini-r1-exact", metadata={"help": f"one of {', '.join(PROMPT_TEMPLATES)}"}
+    )
+    max_prompt_length: int = field(
+        default=256, metadata={"help": "longer prompts (tokens) are dropped and counted"}
+    )
     reward_funcs: tuple[str, ...] = field(
-        default=("format", "equation"), metadata={"help": "registered rewards or dotted paths; see reward_weights"}
+        default=("format", "equation"),
+        metadata={"help": "registered rewards or dotted paths; see reward_weights"},
     )
-    num_eval_puzzles: int = field(default=500, metadata={"help": "held-out puzzles to evaluate before and after training"})
-    num_eval_samples: int = field(default=4, metadata={"help": "completions per held-out puzzle: the largest k of pass@k"})
-    eval_temperature: float = field(default=1.0, metadata={"help": "sampling temperature of the evaluation"})
+    num_eval_puzzles: int = field(
+        default=500, metadata={"help": "held-out puzzles to evaluate before and after training"}
+    )
+    num_eval_samples: int = field(
+        default=4, metadata={"help": "completions per held-out puzzle: the largest k of pass@k"}
+    )
+    eval_temperature: float = field(
+        default=1.0, metadata={"help": "sampling temperature of the evaluation"}
+    )
 
     def __post_init__(self):
         for name in ("num_puzzles", "max_prompt_length", "num_eval_puzzles", "num_eval_samples"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name}: want at least 1, got {getattr(self, name)}")
+                raise InputError(f"want at least 1, got {getattr(self, name)}", key=name)
         if not 0 < self.test_share < 1:
-            raise InputError(f"test_share: want a share between 0 and 1, got {self.test_share}")
+            raise InputError(
+                f"want a share between 0 and 1, got {self.test_share}", key="test_share"
+            )
         if self.eval_temperature <= 0:
-            raise InputError(f"eval_temperature: want more than 0, got {self.eval_temperature}")
+            raise InputError(
+                f"want more than 0, got {self.eval_temperature}", key="eval_temperature"
+            )
         if self.prompt_template not in PROMPT_TEMPLATES:
-            raise InputError(f"prompt_template: no '{self.prompt_template}'; choose from {', '.join(PROMPT_TEMPLATES)}")
+            raise InputError(
+                f"no '{self.prompt_template}'; choose from {', '.join(PROMPT_TEMPLATES)}",
+                key="prompt_template",
+            )
         if not self.reward_funcs:
-            raise InputError("reward_funcs: name at least one reward")
+            raise InputError("name at least one reward", key="reward_funcs")
+        self._check_space()
+
+    def _check_space(self) -> None:
         try:
-            self.space  # noqa: B018  (checks the ranges)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+            _ = self.space
+        except PuzzleSpaceError as error:
+            raise InputError(str(error), key=error.name) from error
 
     @property
     def space(self) -> PuzzleSpace:
-        return PuzzleSpace(tuple(self.num_numbers), tuple(self.number_range), tuple(self.target_range))
+        return PuzzleSpace(
+            tuple(self.num_numbers), tuple(self.number_range), tuple(self.target_range)
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """All keys, ready for YAML."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe: our part, and what goes into TRL's `ModelConfig` and `GRPOConfig`; `where` each key was set."""
+    """A checked recipe.
+
+    Attributes:
+        where: the place where each key was set.
+        task: our part.
+        model, training: what goes into TRL's `ModelConfig` and `GRPOConfig`.
+    """
 
     path: Path
     overrides: tuple[str, ...]
@@ -124,24 +177,56 @@ class Recipe:
     def name(self) -> str:
         return self.path.stem
 
-    def error(self, problem: str) -> InputError:
-        """The error for a problem that starts with a key: it tells where that key was set."""
-        return InputError(f"{self.where.get(problem.partition(':')[0], self.path)}: {problem}")
+    def error(self, problem: str, key: str) -> InputError:
+        """The error for a problem with a key: it tells where the key was set."""
+        return self.place(InputError(problem, key=key))
+
+    def place(self, error: InputError) -> InputError:
+        """The same error, with where its key was set; as it is if it says where already."""
+        if error.where is not None:
+            return error
+        where = self.where.get(error.key or "", str(self.path))
+        return InputError(error.problem, key=error.key, where=where)
+
+    def get(self, key: str) -> Any:
+        """The value of a model's or training's key: the recipe's, else ours, else the library's.
+
+        None stands for a default that the library works out when it runs.
+
+        Raises:
+            KeyError: no such key.
+        """
+        given = {**self.model, **self.training}
+        return given[key] if key in given else default_of(key)
 
     @property
     def run_dir(self) -> Path:
         return Path(self.training["output_dir"])
 
     def as_dict(self) -> dict[str, Any]:
-        """The recipe as resolved, ready for YAML: the task's keys with their defaults, the others as given."""
+        """The recipe as resolved, ready for YAML.
+
+        The task's keys with their defaults, the others as given.
+        """
         return {**self.model, **self.task.as_dict(), **self.training}
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply command-line overrides (`--key value ...`), check everything that needs no machine.
+def default_of(key: str) -> Any:
+    """What a model's or training's key is where a recipe says nothing, as `Recipe.get` has it.
 
     Raises:
-        InputError: in one line, what is wrong, in which line of the file, and what to write instead.
+        KeyError: no such key.
+    """
+    if key in TRAINING_DEFAULTS:
+        return TRAINING_DEFAULTS[key]
+    return {**_fields_of(_MODEL_CLASSES), **_fields_of(_TRAINING_CLASSES)}[key].default
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply overrides (`--key value ...`), check everything that needs no machine.
+
+    Raises:
+        InputError: in one line, what is wrong, in which line of the file, and what to write.
     """
     path = Path(path)
     given, lines = _read_yaml(path)
@@ -149,111 +234,150 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         given[key] = value
         lines[key] = f"--{key}"
     _refuse_old_keys(path, given)
-    return Recipe(path, tuple(overrides), lines, *_resolve(path.stem, given, lines))
+    return Recipe(path, tuple(overrides), lines, *_resolve(path, given, lines))
 
 
 CARD = ("runs on", "takes", "expect")
 
 
 def recipe_table(folder: Path) -> str:
-    """The recipes of a folder as a Markdown table; what stands in it are the lines `# runs on: ...` at the head of each file.
+    """The recipes of a folder as a Markdown table.
+
+    What stands in it are the lines `# runs on: ...` at the head of each file.
 
     Raises:
         InputError: there are none.
     """
     cards = []
     for path in sorted(folder.glob("*.yaml")):
-        comments = [
-            line.removeprefix("# ").partition(": ") for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#"
-        ]
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comments = [line.removeprefix("# ").partition(": ") for line in lines if line[:1] == "#"]
         card = {key: value for key, _, value in comments}
-        cards.append([f"[{path.stem}](recipes/{path.name})", *(card.get(key, "not known") for key in CARD)])
+        link = f"[{path.stem}](recipes/{path.name})"
+        cards.append([link, *(card.get(key, "not known") for key in CARD)])
     if not cards:
-        raise InputError(f"{folder}: no recipes here; run from a clone of the repository, installed with 'make setup'")
+        raise InputError(
+            "no recipes here; run from a clone of the repository, installed with 'make setup'",
+            where=folder,
+        )
     # The ones that anybody can run come first.
     cards.sort(key=lambda card: ("CPU" not in card[1], card[1], len(card[0])))
     return "\n".join(f"| {' | '.join(row)} |" for row in [["recipe", *CARD], ["---"] * 4, *cards])
 
 
 def _refuse_old_keys(path: Path, given: Mapping[str, Any]) -> None:
-    """A recipe for TRL 0.14, the tutorial's, is not translated behind its author's back: some of it means something else now."""
+    """A recipe for TRL 0.14, the tutorial's, is not translated behind its author's back.
+
+    Some of it means something else now.
+    """
     old = {key: new for key, new in OLD_KEYS.items() if key in given}
     if not old:
         return
     if "per_device_train_batch_size" in given:
-        old["per_device_train_batch_size"] = "now counts completions, not prompts: write the old value times num_generations"
+        old["per_device_train_batch_size"] = (
+            "now counts completions, not prompts: write the old value times num_generations"
+        )
     rows = [f"  {key:<28} {new}" for key, new in old.items()]
-    raise InputError("\n".join([f"{path}: written for TRL 0.14, this is 1.16; write instead:", *rows]))
+    headline = "written for TRL 0.14, this is 1.16; write instead:"
+    raise InputError("\n".join([headline, *rows]), where=path)
 
 
-def _resolve(name: str, given: dict[str, Any], where: dict[str, str]) -> tuple[TaskConfig, dict[str, Any], dict[str, Any]]:
+def _resolve(
+    path: Path, given: dict[str, Any], where: dict[str, str]
+) -> tuple[TaskConfig, dict[str, Any], dict[str, Any]]:
+    """The three parts of a recipe, typed and checked: the task's, the model's, the training's."""
+    # Whose key is it, and does the value fit?
     kinds = {
-        "task": _fields_of((("mini_r1", "recipe.py", "TaskConfig"),)),
+        "task": _fields_of(_TASK_CLASSES),
         "model": _fields_of(_MODEL_CLASSES),
         "training": _fields_of(_TRAINING_CLASSES),
     }
-    parts: dict[str, dict[str, Any]] = {"task": {}, "model": {}, "training": dict(TRAINING_DEFAULTS)}
+    parts: dict[str, dict[str, Any]] = {
+        "task": {},
+        "model": {},
+        "training": dict(TRAINING_DEFAULTS),
+    }
     for key, value in given.items():
         owner = next((owner for owner, known in kinds.items() if key in known), None)
         if owner is None:
-            known = [known_key for part in kinds.values() for known_key in part]
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else "see the keys of TaskConfig, and TRL's GRPOConfig and ModelConfig"
-            raise InputError(f"{where[key]}: unknown key '{key}'; {hint}")
+            raise InputError(f"unknown key '{key}'; {_nearest(key, kinds)}", where=where[key])
         try:
-            parts[owner][key] = _typed(value, kinds[owner][key])
+            parts[owner][key] = _typed(value, kinds[owner][key].annotation)
         except TypeError as error:
-            raise InputError(f"{where[key]}: {key}: {error}") from None
+            raise InputError(str(error), key=key, where=where[key]) from None
+
+    # What no single key can tell.
     if not parts["model"].get("model_name_or_path"):
-        raise InputError(f"{name}: model_name_or_path is missing; write tiny_base, a folder, or a model id of the hub")
+        raise InputError(
+            "missing; write tiny_base, a folder, or a model id of the hub",
+            key="model_name_or_path",
+            where=path,
+        )
     if "resume_from_checkpoint" in given:
         raise InputError(
-            f"{where['resume_from_checkpoint']}: a run resumes by itself; to start from another model, "
-            "write its folder as model_name_or_path"
+            "a run resumes by itself; to start from another model, write its folder as "
+            "model_name_or_path",
+            key="resume_from_checkpoint",
+            where=where["resume_from_checkpoint"],
         )
-    parts["training"].setdefault("output_dir", f"runs/{name}")
+    parts["training"].setdefault("output_dir", f"runs/{path.stem}")
     try:
         task = TaskConfig(**parts["task"])
         get_reward_functions(task.reward_funcs)
     except InputError as error:
-        key = str(error).partition(":")[0]
-        raise InputError(f"{where.get(key, name)}: {error}") from None
+        place = where.get(error.key or "", path)
+        raise InputError(error.problem, key=error.key, where=place) from None
     weights = parts["training"].get("reward_weights")
     if weights is not None and len(weights) != len(task.reward_funcs):
         raise InputError(
-            f"{where['reward_weights']}: reward_weights: {len(weights)} weights for {len(task.reward_funcs)} reward_funcs"
+            f"{len(weights)} weights for {len(task.reward_funcs)} reward_funcs",
+            key="reward_weights",
+            where=where["reward_weights"],
         )
     return task, parts["model"], parts["training"]
 
 
-# ---- Reading ----------------------------------------------------------------------------------------------------------------
+def _nearest(key: str, kinds: Mapping[str, Mapping[str, "Field"]]) -> str:
+    near = difflib.get_close_matches(key, [name for part in kinds.values() for name in part], n=1)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return "see the keys of TaskConfig, and TRL's GRPOConfig and ModelConfig"
+
+
+# ---- Reading --------------------------------------------------------------------------------
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The mapping in a YAML file and, for every key, where it stands (`recipe.yaml line 7`)."""
+    """The mapping in a YAML file and, for every key, where it stands (`FILE line 7`)."""
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe; the recipes are in the folder recipes/") from None
+        raise InputError(
+            "no such recipe; the recipes are in the folder recipes/", where=path
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read: {_one_line(error)}") from None
+        raise InputError(f"cannot be read: {one_line(error)}", where=path) from None
     try:
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
-            raise InputError(f"{path}: not a recipe; want lines of the form 'key: value'")
+            raise InputError("not a recipe; want lines of the form 'key: value'", where=path)
         where: dict[str, str] = {}
         for key, _ in node.value:
             place = f"{path} line {key.start_mark.line + 1}"
             if key.value in where:
-                raise InputError(f"{place}: {key.value} is set twice; first in {where[key.value].rpartition(' line ')[2]}")
+                first = where[key.value].rpartition(" line ")[2]
+                raise InputError(f"{key.value} is set twice; first in {first}", where=place)
             where[key.value] = place
         return {str(key): value for key, value in loader.construct_document(node).items()}, where
     except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {_one_line(error)}") from None
+        raise InputError(f"not valid YAML: {one_line(error)}", where=path) from None
 
 
 def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--key value`, `--key=value`, `--key a b` (a list) and `--flag` (true); values are YAML scalars."""
+    """`--key value`, `--key=value`, `--key a b` (a list) and `--flag` (true).
+
+    Values are YAML scalars.
+    """
     values: dict[str, list[Any]] = {}
     key = None
     for argument in arguments:
@@ -272,30 +396,58 @@ def _scalar(key: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InputError(f"--{key}: {_one_line(error)}") from None
+        raise InputError(one_line(error), where=f"--{key}") from None
 
 
-# ---- Types ------------------------------------------------------------------------------------------------------------------
+# ---- Types ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a configuration class, as its source says it: the type, the literal default."""
+
+    annotation: str
+    default: Any
 
 
 @cache
-def _fields_of(classes: tuple[tuple[str, str, str], ...]) -> dict[str, str]:
-    """The dataclass fields of installed classes, name -> annotation, read from their source files."""
-    found: dict[str, str] = {}
+def _fields_of(classes: tuple[tuple[str, str, str], ...]) -> dict[str, Field]:
+    """The dataclass fields of installed classes, by name, read from their source files."""
+    found: dict[str, Field] = {}
     for package, file, class_name in classes:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise InputError(f"{package} is not installed; run 'make setup'")
-        tree = ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8"))
-        body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
-        for node in body:
-            if isinstance(node, ast.AnnAssign) and "init=False" not in ast.unparse(node.value or ast.Constant(None)):
-                found[node.target.id] = ast.unparse(node.annotation)
+        source = Path(spec.submodule_search_locations[0]) / file
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+        classes_there = (node for node in tree.body if isinstance(node, ast.ClassDef))
+        for node in next(node.body for node in classes_there if node.name == class_name):
+            if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+                continue
+            if "init=False" not in ast.unparse(node.value or ast.Constant(None)):
+                annotation = ast.unparse(node.annotation)
+                found[node.target.id] = Field(annotation, _literal_default(node.value))
     return found
 
 
+def _literal_default(node: ast.expr | None) -> Any:
+    """The default in `= 8` or `= field(default=8, ...)`; None for one that is worked out."""
+    if isinstance(node, ast.Call):
+        node = next((keyword.value for keyword in node.keywords if keyword.arg == "default"), None)
+    try:
+        return ast.literal_eval(node) if node is not None else None
+    except ValueError:
+        return None
+
+
 def _typed(value: Any, annotation: str) -> Any:
-    """The value as its field wants it, or TypeError. Unknown types are left to the library that owns the field."""
+    """The value as its field wants it.
+
+    Unknown types are left to the library that owns the field.
+
+    Raises:
+        TypeError: it is not of the field's type.
+    """
     union = ast.parse(annotation.strip("'\""), mode="eval").body
     names = [ast.unparse(part) for part in _union_parts(union)]
     kinds = {name.partition("[")[0] for name in names}
@@ -327,7 +479,8 @@ def _typed(value: Any, annotation: str) -> Any:
     known = {"None", "bool", "int", "float", "str", "list", "tuple", "dict"}
     if not fits and kinds <= known:
         if not containers or isinstance(value, list | dict):
-            raise TypeError(f"want {' or '.join(_SPOKEN[kind] for kind in sorted(kinds - {'None'}))}, got {value!r}")
+            wanted = " or ".join(_SPOKEN[kind] for kind in sorted(kinds - {"None"}))
+            raise TypeError(f"want {wanted}, got {value!r}")
         value = [value]  # one value where a list is wanted
     if isinstance(value, list) and containers:
         items = [_typed(item, _item(names)) for item in value]
@@ -357,11 +510,11 @@ def _union_parts(node: ast.expr) -> list[ast.expr]:
 
 def _item(names: list[str]) -> str:
     """The annotation of a list's items: `int` of `tuple[int, ...] | None`."""
-    container = ast.parse(next(name for name in names if name.startswith(("list", "tuple"))), mode="eval").body
+    container = ast.parse(
+        next(name for name in names if name.startswith(("list", "tuple"))), mode="eval"
+    ).body
     if not isinstance(container, ast.Subscript):
         return "Any"
-    return ast.unparse(container.slice.elts[0] if isinstance(container.slice, ast.Tuple) else container.slice)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return ast.unparse(
+        container.slice.elts[0] if isinstance(container.slice, ast.Tuple) else container.slice
+    )

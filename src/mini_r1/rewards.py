@@ -1,39 +1,52 @@
 """The format and equation rewards, the registry, and plug-ins by dotted path.
 
-Rewards have TRL's signature: keyword columns with one entry per completion in, one float per completion out. A malformed
-completion scores 0. A defect (a missing column, a target that is no number) raises; it is never turned into reward 0.
+Rewards have TRL's signature: keyword columns with one entry per completion in, one float per
+completion out. A malformed completion scores 0. A defect (a missing column, a target that is no
+number) raises; it is never turned into reward 0.
 """
 
 import difflib
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mini_r1 import InputError
 from mini_r1.completion import parse_completion
 from mini_r1.countdown.expression import is_solution
 
-RewardFunction = Callable[..., list[float]]
+
+class RewardFunction(Protocol):
+    """TRL's signature: columns in, one float per completion out, or a coroutine of them."""
+
+    __name__: str
+
+    def __call__(self, *args: Any, **columns: Any) -> Any: ...
 
 
 def format_reward(completions: Sequence[Any], **columns: Any) -> list[float]:
-    """1.0 for one think block, whitespace, one non-empty answer block and nothing but whitespace after it, else 0.0.
+    """1.0 for a well-formed completion, else 0.0.
+
+    That is one think block, whitespace, one non-empty answer block and after it nothing but
+    whitespace.
 
     Args:
         completions: texts that follow a prefilled `<think>`, or TRL's conversational form of them.
     """
-    return [float(parse_completion(completion_text(completion)).well_formed) for completion in completions]
+    texts = map(completion_text, completions)
+    return [float(parse_completion(text).well_formed) for text in texts]
 
 
 def equation_reward(
     completions: Sequence[Any], target: Sequence[Any], nums: Sequence[Sequence[Any]], **columns: Any
 ) -> list[float]:
-    """1.0 if the answer is an equation that uses every given number exactly once and is worth exactly the target, else 0.0.
+    """1.0 if the answer makes the target of the given numbers, else 0.0.
 
-    The rules of the answer are those of `completion.parse_completion`, those of the equation `countdown.expression`'s.
+    It is an equation that uses each of them exactly once and is worth exactly the target. The rules
+    of the answer are those of `completion.parse_completion`, those of the equation
+    `countdown.expression`'s.
 
     Args:
         completions: as for `format_reward`.
@@ -55,9 +68,10 @@ REWARDS: dict[str, RewardFunction] = {"format": format_reward, "equation": equat
 
 
 def get_reward_functions(names: Sequence[str]) -> list[RewardFunction]:
-    """The reward functions that a recipe names: registered names, or dotted paths such as `my_package.my_module.my_reward`.
+    """The reward functions that a recipe names.
 
-    A dotted path is looked up from the current folder first, then among the installed packages.
+    A name is a registered one or a dotted path such as `my_package.my_module.my_reward`, looked up
+    from the current folder first, then among the installed packages.
 
     Raises:
         InputError: nothing of that name, or it is not callable.
@@ -71,19 +85,21 @@ def _get_reward_function(name: str) -> RewardFunction:
     module_name, _, attribute = name.rpartition(".")
     if not module_name:
         near = difflib.get_close_matches(name, REWARDS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(REWARDS)}, or give a dotted path"
-        raise InputError(f"reward_funcs: no reward '{name}'; {hint}")
+        choices = f"choose from {', '.join(REWARDS)}, or give a dotted path"
+        hint = f"did you mean '{near[0]}'?" if near else choices
+        raise InputError(f"no reward '{name}'; {hint}", key="reward_funcs")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except ModuleNotFoundError as error:
-        raise InputError(f"reward_funcs: cannot import '{name}': {error}") from error
+        raise InputError(f"cannot import '{name}': {error}", key="reward_funcs") from error
     except AttributeError as error:
-        raise InputError(f"reward_funcs: module '{module_name}' has no '{attribute}'") from error
+        problem = f"module '{module_name}' has no '{attribute}'"
+        raise InputError(problem, key="reward_funcs") from error
     if not callable(function):
-        raise InputError(f"reward_funcs: '{name}' is not callable")
+        raise InputError(f"'{name}' is not callable", key="reward_funcs")
     return function
 
 

@@ -35,9 +35,11 @@ def reference_value(text: str) -> tuple[Fraction, list[int]] | None:
         value = walk(ast.parse(f"({left})", mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
-    if equals and (not re.fullmatch(r" *(- *)?(0|[1-9][0-9]*) *", stated) or Fraction(stated.replace(" ", "")) != value):
-        return None
-    return value, numbers
+    if not equals:
+        return value, numbers
+    is_integer = re.fullmatch(r" *(- *)?(0|[1-9][0-9]*) *", stated)
+    true = is_integer and Fraction(stated.replace(" ", "")) == value
+    return (value, numbers) if true else None
 
 
 def brute_force(nums: tuple[int, ...]) -> set[Fraction]:

@@ -37,10 +37,16 @@ def test_known_puzzles():
 
 
 def test_difficulty():
-    assert difficulty([1, 2], 3) == Difficulty(numbers=2, operator_kinds=1, solutions=1, plus_minus_only=True)
-    assert difficulty([8, 8, 3, 3], 24) == Difficulty(numbers=4, operator_kinds=2, solutions=1, plus_minus_only=False)
+    assert difficulty([1, 2], 3) == Difficulty(
+        numbers=2, operator_kinds=1, solutions=1, plus_minus_only=True
+    )
+    assert difficulty([8, 8, 3, 3], 24) == Difficulty(
+        numbers=4, operator_kinds=2, solutions=1, plus_minus_only=False
+    )
     # (1+2)+3, (1+3)+2, (2+3)+1, the same three as products.
-    assert difficulty([1, 2, 3], 6).solutions == 6 + len(["3 / (1 / 2)", "2 / (1 / 3)", "2 * 3 / 1", "(2 / 1) * 3", "(3 / 1) * 2"])
+    assert difficulty([1, 2, 3], 6).solutions == 6 + len(
+        ["3 / (1 / 2)", "2 / (1 / 3)", "2 * 3 / 1", "(2 / 1) * 3", "(3 / 1) * 2"]
+    )
     # 5 - 5 and 5 / 5 * 0 are different, 5 - 5 and its mirror image are not.
     assert difficulty([5, 5], 0).solutions == 1
 

@@ -1,4 +1,7 @@
-"""Runs the commands of README.md and docs/guide.md as they stand there, in a checkout whose recipe is shortened."""
+"""Runs the commands of README.md and docs/guide.md as they stand there.
+
+In a checkout whose recipe is shortened.
+"""
 
 import json
 import os
@@ -13,7 +16,18 @@ import pytest
 import torch
 import yaml
 
-from tests.test_docs import DOCUMENTS, GUIDE, OF_A_RUN, PATH, README, command_lines, inline, write_code_blocks
+from mini_r1.model import model_path
+from mini_r1.run import STATE_FILE
+from tests.test_docs import (
+    DOCUMENTS,
+    GUIDE,
+    OF_A_RUN,
+    PATH,
+    README,
+    command_lines,
+    inline,
+    write_code_blocks,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +43,7 @@ SHORT = {
 }
 NOT_RUN = {
     r".venv/bin/pip |make ": "it would change the installation; CI does it first",
-    r".venv/bin/mini-r1 base build": "it takes most of an hour; tests/test_cold_start.py builds a small one",
+    r".venv/bin/mini-r1 base build": "it takes most of an hour; tests/bases builds a small one",
     r".venv/bin/mini-r1 sweep": "it takes hours; tests/test_sweep.py sweeps over small runs",
     r"accelerate launch": "it needs GPUs; tests/integration/test_distributed.py launches on CPUs",
     r"sbatch |tail -f|export |.*pause runs/grpo": "it needs a cluster; tests/slurm has one",
@@ -46,21 +60,32 @@ def checkout(tmp_path_factory):
     shutil.copytree(ROOT / "recipes", root / "recipes")
     recipe = root / "recipes" / "tiny-cpu.yaml"
     recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), **SHORT}))
-    shutil.copytree(ROOT / "src" / "mini_r1" / "tiny_base", root / "my_model")  # a model of the reader's
+    shutil.copytree(model_path("tiny_base"), root / "my_model")  # a model of the reader's
     write_code_blocks(README, root)
-    run(root, ".venv/bin/mini-r1 train recipes/tiny-cpu.yaml")  # what `make train` does once .venv is there
+    # What `make train` does once .venv is there.
+    run(root, ".venv/bin/mini-r1 train recipes/tiny-cpu.yaml")
     return root
 
 
 def run(root, command):
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-ec", command], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        ["bash", "-ec", command],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
     return done.stdout
 
 
 def run_document(root, document):
-    """Run the commands of a document in their order; returns what each printed, and which were not run."""
+    """Run the commands of a document in their order.
+
+    Returns what each printed, and which were not run.
+    """
     variables, printed, skipped = "", {}, []
     for line in filter(None, command_lines(document)):
         if re.match(r"\w=", line):
@@ -83,22 +108,31 @@ def test_the_commands_run(checkout, monkeypatch):
     assert "arithmetic claims are true" in output["mini-r1 play runs/tiny-cpu"]
     assert json.loads(output["mini-r1 data check 24.jsonl"])["solvable"] == 233
     assert json.loads((checkout / "eval.json").read_text())["num_puzzles"] == 1000
-    for name in ("both.html", "with-3b.html", "runs/my-model/report.html", "runs/seed-2/summary.json", "puzzles.parquet"):
+    for name in ("both.html", "with-3b.html", "puzzles.parquet"):
         assert (checkout / name).exists(), name
-    scalars = json.loads((checkout / "runs" / "24" / "trainer_state.json").read_text())["log_history"]
-    assert any("rewards/multiplies/mean" in entry for entry in scalars)
+    for name in ("my-model/report.html", "seed-2/summary.json"):
+        assert (checkout / "runs" / name).exists(), name
+    state = json.loads((checkout / "runs" / "24" / STATE_FILE).read_text())
+    assert any("rewards/multiplies/mean" in entry for entry in state["log_history"])
 
 
 def test_a_run_leaves_the_documented_files(checkout):
     run_dir = checkout / "runs" / "tiny-cpu"
-    documented = {path for document in DOCUMENTS for path in inline(document) if PATH.fullmatch(path) and OF_A_RUN.match(path)}
+    documented = {
+        path
+        for document in DOCUMENTS
+        for path in inline(document)
+        if PATH.fullmatch(path) and OF_A_RUN.match(path)
+    }
     documented.remove("logs/vllm.log")  # tests/integration/test_vllm.py reads it
     assert len(documented) > 12
     for path in documented:
         assert (checkout / path).exists() or (run_dir / path).exists(), path
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="README.md speaks of PyTorch's CPU build")
+@pytest.mark.skipif(
+    torch.version.cuda is not None, reason="README.md speaks of PyTorch's CPU build"
+)
 def test_the_installation_is_as_large_as_said():
     size = sum(path.lstat().st_size for path in Path(sys.prefix).rglob("*"))
     assert size < 3e9

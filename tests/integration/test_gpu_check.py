@@ -14,7 +14,11 @@ ROOT = Path(__file__).parents[2]
 
 def test_gpu_check_runs_through(tmp_path):
     output = tmp_path / "gpu-check.json"
-    subprocess.run([sys.executable, str(ROOT / "scripts" / "gpu_check.py"), "--output", str(output)], check=True, timeout=400)
+    subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "gpu_check.py"), "--output", str(output)],
+        check=True,
+        timeout=400,
+    )
     result = json.loads(output.read_text())
     assert result["versions"]["trl"] == "1.16.0"
     assert "cpu_count" in result["hardware"]

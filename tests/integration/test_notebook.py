@@ -1,4 +1,7 @@
-"""The tutorial, executed from its first cell to its last; and the committed copy shows the outcome of such a run."""
+"""The tutorial, executed from its first cell to its last.
+
+And the committed copy shows the outcome of such a run.
+"""
 
 import copy
 import re
@@ -9,6 +12,8 @@ import pytest
 from nbclient import NotebookClient
 
 from mini_r1 import InputError
+from mini_r1.data import load_split, prompt_dataset
+from mini_r1.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = nbformat.read(ROOT / "notebooks" / "mini_r1.ipynb", as_version=4)
@@ -19,7 +24,8 @@ RESULT = re.compile(r"held-out success ([\d.]+)% ")
 def printed(cells):
     """What the cells wrote to stdout."""
     outputs = (output for cell in cells if cell.cell_type == "code" for output in cell.outputs)
-    return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    streams = (output for output in outputs if output.output_type == "stream")
+    return "".join(output.text for output in streams if output.name == "stdout")
 
 
 @pytest.mark.slow
@@ -28,8 +34,8 @@ def test_it_runs_from_start_to_end_and_the_model_learns(tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "notebooks").mkdir()
     notebook = copy.deepcopy(COMMITTED)
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path / "notebooks")}})
-    client.execute()  # an error in a cell raises
+    resources = {"metadata": {"path": str(tmp_path / "notebooks")}}
+    NotebookClient(notebook, timeout=600, resources=resources).execute()  # a cell's error raises
     *_, before, after = map(float, RESULT.findall(printed(notebook.cells)))
     assert after > before + 30  # its own last assertion wants intervals apart
     assert printed(notebook.cells).count("--- after: solved") >= 1
@@ -39,19 +45,23 @@ def test_it_runs_from_start_to_end_and_the_model_learns(tmp_path):
 def test_the_committed_copy_was_run_and_holds_nothing_of_its_machine():
     assert all(cell.execution_count for cell in CODE)
     assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
-    assert sum("image/png" in output.get("data", {}) for cell in CODE for output in cell.outputs) == 2
-    assert all(output.output_type != "error" for cell in CODE for output in cell.outputs)
+    outputs = [output for cell in CODE for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert all(output.output_type != "error" for output in outputs)
     assert not re.search(r"[\"' ]/(home|root|work|tmp|Users)/", nbformat.writes(COMMITTED))
 
 
 def test_the_variant_at_3b_gets_as_far_as_the_hub(monkeypatch):
-    """Its cell with AT_3B set: recipe and settings are fine, and without the hub it ends with the one clear line."""
+    """Its cell with AT_3B set: recipe and settings are fine.
+
+    Without the hub it ends with the one clear line.
+    """
     monkeypatch.chdir(ROOT)
     (cell,) = [cell.source for cell in CODE if cell.source.startswith("AT_3B = False")]
-    names = {}
+    names = {"load_recipe": load_recipe, "load_split": load_split, "prompt_dataset": prompt_dataset}
+    problem = "'Jiayi-Pan/Countdown-Tasks-3to4' cannot be loaded from the hub"
     # exec is safe here: what it runs is the cell above, which is in this repository.
-    exec("from mini_r1.data import load_split, prompt_dataset\nfrom mini_r1.recipe import load_recipe", names)
-    with pytest.raises(InputError, match=r"'Jiayi-Pan/Countdown-Tasks-3to4' cannot be loaded from the hub"):
+    with pytest.raises(InputError, match=problem):
         exec(cell.replace("AT_3B = False", "AT_3B = True"), names)
     assert names["model_settings"]["load_in_4bit"] is True
     assert names["training_settings"]["output_dir"] == "runs/notebook-3b"

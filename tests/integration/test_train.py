@@ -1,4 +1,7 @@
-"""Real runs of the one training entry point on the embedded base: a few steps, then everything a run promises is checked."""
+"""Real runs of the one training entry point on the embedded base.
+
+They take a few steps; then everything that a run promises is checked.
+"""
 
 import contextlib
 import fcntl
@@ -22,8 +25,16 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mini_r1.evaluate import evaluate_model
-from mini_r1.model import COMPLETE_MARKER, load_model, load_tokenizer
-from mini_r1.samples import ALL_FILE, SOLVED_FILE
+from mini_r1.model import load_model, load_tokenizer
+from mini_r1.rollouts import ALL_FILE, SOLVED_FILE
+from mini_r1.run import (
+    COMPLETE_MARKER,
+    MANIFEST_FILE,
+    PAUSED_MARKER,
+    RECIPE_FILE,
+    STOP_FILE,
+    SUMMARY_FILE,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -46,11 +57,14 @@ def command(output_dir, **changes):
     options = {**SHORT, "output_dir": output_dir, **changes}
     recipe = ROOT / "recipes" / "tiny-cpu.yaml"
     arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
-    return [sys.executable, str(ROOT / "scripts" / "run_r1_grpo.py"), "--config", str(recipe), *arguments]
+    script = str(ROOT / "scripts" / "run_r1_grpo.py")
+    return [sys.executable, script, "--config", str(recipe), *arguments]
 
 
 def train(output_dir, **changes):
-    return subprocess.run(command(output_dir, **changes), capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command(output_dir, **changes), capture_output=True, text=True, timeout=300
+    )
 
 
 def wait_for(condition, process):
@@ -67,19 +81,21 @@ def straight(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "straight"
     done = train(run_dir)
     assert done.returncode == 0, done.stderr
-    assert "Failed to load" not in done.stderr + done.stdout  # what bitsandbytes and DeepSpeed say at import on a CPU
-    assert "Setting accelerator" not in done.stderr + done.stdout
+    # What bitsandbytes and DeepSpeed say at import on a CPU.
+    for complaint in ("Failed to load", "Setting accelerator"):
+        assert complaint not in done.stderr + done.stdout
     return run_dir, done.stdout
 
 
 def test_a_run_is_a_complete_folder(straight):
     run_dir, printed = straight
-    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    recipe = yaml.safe_load((run_dir / RECIPE_FILE).read_text())
     assert recipe["max_steps"] == 6
-    manifest = json.loads((run_dir / "manifest.json").read_text())
+    manifest = json.loads((run_dir / MANIFEST_FILE).read_text())
     assert manifest["versions"]["trl"] == "1.16.0"
-    assert len(manifest["model"]["sha256"]) == len(manifest["data"]["sha256"]) == len(manifest["recipe_sha256"]) == 64
-    summary = json.loads((run_dir / "summary.json").read_text())
+    hashes = manifest["recipe_sha256"], *(manifest[of]["sha256"] for of in ("model", "data"))
+    assert [len(one) for one in hashes] == [64, 64, 64]
+    summary = json.loads((run_dir / SUMMARY_FILE).read_text())
     for name in ("before", "after"):
         result = json.loads((run_dir / "eval" / f"{name}.json").read_text())
         assert (result["num_puzzles"], result["num_samples"], result["temperature"]) == (20, 2, 1.0)
@@ -89,9 +105,11 @@ def test_a_run_is_a_complete_folder(straight):
     assert summary["steps"] == 6
     assert summary["train_seconds"] > 0
     scalars = EventAccumulator(str(run_dir / "tensorboard")).Reload()
-    for name in ("train/reward", "train/behaviors/tries", "train/behaviors/gave_up", "eval/success"):
+    behaviors = ("train/behaviors/tries", "train/behaviors/gave_up")
+    for name in ("train/reward", *behaviors, "eval/success"):
         assert scalars.Scalars(name), name
-    assert "countdown" in (run_dir / "README.md").read_text().lower() or "GRPO" in (run_dir / "README.md").read_text()
+    card = (run_dir / "README.md").read_text()
+    assert "countdown" in card.lower() or "GRPO" in card
     assert "==== step " in (run_dir / "samples" / ALL_FILE).read_text()
     assert "held-out success" in printed
     assert "step 5/6  reward" in printed
@@ -101,27 +119,40 @@ def test_the_trained_model_loads_and_differs_from_the_base(straight):
     run_dir, _ = straight
     weights, base = load_model(str(run_dir)).state_dict(), load_model("tiny_base").state_dict()
     assert any((weights[name] != base[name]).any() for name in base)
-    assert load_tokenizer(str(run_dir))("21-3=18")["input_ids"] == load_tokenizer("tiny_base")("21-3=18")["input_ids"]
+    ids, base_ids = (
+        load_tokenizer(name)("21-3=18")["input_ids"] for name in (str(run_dir), "tiny_base")
+    )
+    assert ids == base_ids
 
 
 def test_eval_of_the_run_repeats_its_after_json(straight):
     run_dir, _ = straight
     after = json.loads((run_dir / "eval" / "after.json").read_text())
     again = evaluate_model(str(run_dir))
-    assert {key: again[key] for key in ("success", "pass_at", "mean_completion_tokens")} == {
-        key: after[key] for key in ("success", "pass_at", "mean_completion_tokens")
-    }
+    for key in ("success", "pass_at", "mean_completion_tokens"):
+        assert again[key] == after[key], key
+
+
+def assert_same_outcome(run_dir, straight):
+    for name in ("model.safetensors", f"samples/{ALL_FILE}", f"samples/{SOLVED_FILE}"):
+        assert (run_dir / name).read_bytes() == (straight / name).read_bytes(), name
 
 
 def test_kill_9_loses_nothing(straight, tmp_path):
     run_dir = tmp_path / "killed"
-    process = subprocess.Popen(command(run_dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command(run_dir),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     wait_for(lambda: (run_dir / "checkpoint-2" / COMPLETE_MARKER).exists(), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (run_dir / "summary.json").exists()
+    assert not (run_dir / SUMMARY_FILE).exists()
     newest = max(int(path.name.partition("-")[2]) for path in run_dir.glob("checkpoint-*"))
-    torn = run_dir / f"checkpoint-{newest + 2}"  # as a kill in the middle of the next save leaves it
+    # As a kill in the middle of the next save leaves it.
+    torn = run_dir / f"checkpoint-{newest + 2}"
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")
 
@@ -129,42 +160,47 @@ def test_kill_9_loses_nothing(straight, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
     assert f"removing {torn}" in done.stdout
-    for name in ("model.safetensors", *(f"samples/{name}" for name in (ALL_FILE, SOLVED_FILE))):
-        assert (run_dir / name).read_bytes() == (straight[0] / name).read_bytes(), name
-    results = [json.loads((folder / "eval" / "after.json").read_text()) for folder in (run_dir, straight[0])]
+    assert_same_outcome(run_dir, straight[0])
+    results = [
+        json.loads((folder / "eval" / "after.json").read_text())
+        for folder in (run_dir, straight[0])
+    ]
     assert results[0]["success"] == results[1]["success"]
 
 
 @pytest.mark.parametrize("request_by", ["mini-r1 pause", signal.SIGTERM, signal.SIGUSR1])
 def test_a_run_pauses_on_request_and_goes_on_as_if_it_had_not(straight, tmp_path, request_by):
     run_dir = tmp_path / "paused"
-    process = subprocess.Popen(command(run_dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(run_dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     wait_for(lambda: (run_dir / "eval" / "before.json").exists(), process)
     if isinstance(request_by, str):
-        subprocess.run([sys.executable, "-m", "mini_r1", "pause", str(run_dir)], check=True, capture_output=True)
+        pause = [sys.executable, "-m", "mini_r1", "pause", str(run_dir)]
+        subprocess.run(pause, check=True, capture_output=True)
     else:
         process.send_signal(request_by)
     printed, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors
-    assert "paused after step 2 of 6; the same command goes on from there" in printed  # the first that ends a generation
-    assert (run_dir / "PAUSED").read_text() == "2\n"
-    assert not (run_dir / "STOP").exists()
-    assert not (run_dir / "summary.json").exists()
+    # The first that ends a generation.
+    assert "paused after step 2 of 6; the same command goes on from there" in printed
+    assert (run_dir / PAUSED_MARKER).read_text() == "2\n"
+    assert not (run_dir / STOP_FILE).exists()
+    assert not (run_dir / SUMMARY_FILE).exists()
 
     done = train(run_dir)
     assert done.returncode == 0, done.stderr
     assert f"resuming from {run_dir / 'checkpoint-2'}" in done.stdout
-    assert not (run_dir / "PAUSED").exists()
-    for name in ("model.safetensors", *(f"samples/{name}" for name in (ALL_FILE, SOLVED_FILE))):
-        assert (run_dir / name).read_bytes() == (straight[0] / name).read_bytes(), name
+    assert not (run_dir / PAUSED_MARKER).exists()
+    assert_same_outcome(run_dir, straight[0])
 
 
 def test_a_finished_run_is_not_run_again(straight):
-    before = (straight[0] / "summary.json").read_bytes()
+    before = (straight[0] / SUMMARY_FILE).read_bytes()
     done = train(straight[0])
     assert done.returncode == 0
     assert "already finished" in done.stdout
-    assert (straight[0] / "summary.json").read_bytes() == before
+    assert (straight[0] / SUMMARY_FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -173,7 +209,10 @@ def test_a_finished_run_is_not_run_again(straight):
         ({"seed": 5}, "holds a run with seed: 1, this recipe says 5"),
         ({"output_dir": ROOT / "README.md"}, "cannot be written (Not a directory"),
         ({"output_dir": "/dev/null/x"}, "cannot be written"),
-        ({"output_dir": "FRESH", "num_generations": 5}, "cannot be cut into groups of num_generations: 5; it counts completions"),
+        (
+            {"output_dir": "FRESH", "num_generations": 5},
+            "cannot be cut into groups of num_generations: 5; it counts completions",
+        ),
         ({"output_dir": "FRESH", "num_eval_puzzles": 400}, "num_eval_puzzles: 400 asked for"),
     ],
 )
@@ -191,16 +230,9 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(straight, tmp_path, cha
 
 def test_lora_dtype_and_scheduled_evaluation(tmp_path):
     run_dir = tmp_path / "lora"
-    done = train(
-        run_dir,
-        max_steps=4,
-        use_peft=True,
-        lora_r=4,
-        lora_target_modules="all-linear",
-        dtype="bfloat16",
-        eval_strategy="steps",
-        eval_steps=2,
-    )
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
+    changes = {"dtype": "bfloat16", "eval_strategy": "steps", "eval_steps": 2}
+    done = train(run_dir, max_steps=4, **lora, **changes)
     assert done.returncode == 0, done.stderr
     adapter = load_file(run_dir / "adapter_model.safetensors")
     assert {tensor.shape[0] for name, tensor in adapter.items() if "lora_A" in name} == {4}
@@ -211,7 +243,10 @@ def test_lora_dtype_and_scheduled_evaluation(tmp_path):
 
 
 def test_on_a_terminal_a_panel_lives(tmp_path):
-    """A real terminal (a pty, read by a terminal emulator): one panel, redrawn in place, and the closing lines below it."""
+    """A real terminal (a pty, read by a terminal emulator).
+
+    One panel, redrawn in place, and the closing lines below it.
+    """
     screen = pyte.Screen(100, 50)
     stream = pyte.ByteStream(screen)
     pid, parent_end = pty.fork()
@@ -241,14 +276,18 @@ def test_wandb_and_trackio_get_the_scalars_and_stay_in_the_run_folder(tmp_path, 
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_dir = tmp_path / "run"
     arguments = command(run_dir, max_steps=2)
-    done = subprocess.run([*arguments, "--report_to", "wandb", "trackio"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*arguments, "--report_to", "wandb", "trackio"], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert list(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
     (database,) = (path for path in run_dir.glob("trackio/*.db"))
     with contextlib.closing(sqlite3.connect(database)) as connection:
-        logged = b" ".join(row[0] for row in connection.execute("select metrics from metrics")).decode()
+        rows = connection.execute("select metrics from metrics").fetchall()
+    logged = b" ".join(metrics for (metrics,) in rows).decode()
     for name in ("train/reward", "train/behaviors/tries", "eval/success"):
         assert name in logged
     assert not (run_dir / "tensorboard").exists()
     elsewhere = [path.name for path in (tmp_path / "home").rglob("*") if path.is_file()]
-    assert all("debug" in name for name in elsewhere)  # wandb's program logs, which say nothing of the run
+    # wandb's program logs, which say nothing of the run.
+    assert all("debug" in name for name in elsewhere)

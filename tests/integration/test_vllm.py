@@ -1,6 +1,7 @@
-"""Colocated vLLM and the vLLM server, with a CPU build in an environment of its own: `make test-all`.
+"""Colocated vLLM and the vLLM server, with a CPU build in an environment of its own.
 
-What cannot run without two GPUs, sending weights over NCCL, is cut out in vllm_on_cpu.py and nowhere else.
+`make test-all` makes it. What cannot run without two GPUs, sending weights over NCCL, is cut out in
+vllm_on_cpu.py and nowhere else.
 """
 
 import json
@@ -12,24 +13,22 @@ from pathlib import Path
 
 import pytest
 
-from mini_r1.model import COMPLETE_MARKER
-from mini_r1.plan import server_command
+from mini_r1.launch.plan import server_command
+from mini_r1.metrics import LOGP_DIFFERENCE
 from mini_r1.recipe import load_recipe
+from mini_r1.run import COMPLETE_MARKER, STATE_FILE, SUMMARY_FILE
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (ROOT / ".venv-vllm" / "installed").exists(), reason="needs vLLM: run make test-all"),
+    pytest.mark.skipif(
+        not (ROOT / ".venv-vllm" / "installed").exists(), reason="needs vLLM: run make test-all"
+    ),
 ]
-# Two processes.
-LAUNCHER = (
-    "-m",
-    "accelerate.commands.accelerate_cli",
-    "launch",
-    "--config_file",
-    str(ROOT / "configs/accelerate_configs/cpu.yaml"),
-)
+RECIPE = ROOT / "recipes" / "tiny-cpu.yaml"
+TWO_PROCESSES = str(ROOT / "configs" / "accelerate_configs" / "cpu.yaml")
+LAUNCHER = ("-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", TWO_PROCESSES)
 SHORT = {
     "max_steps": 4,
     "save_steps": 2,
@@ -50,8 +49,8 @@ SHORT = {
 def command(run_dir, *flags, launcher=(), **changes):
     options = {**SHORT, "output_dir": run_dir, **changes}
     arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
-    script = ROOT / "tests" / "integration" / "vllm_on_cpu.py"
-    return [str(PYTHON), *launcher, str(script), *flags, "--config", str(ROOT / "recipes" / "tiny-cpu.yaml"), *arguments]
+    script = str(ROOT / "tests" / "integration" / "vllm_on_cpu.py")
+    return [str(PYTHON), *launcher, script, *flags, "--config", str(RECIPE), *arguments]
 
 
 def environment():
@@ -60,16 +59,16 @@ def environment():
 
 def train(*arguments, **options):
     """Run a training to its end; the arguments are those of `command`."""
-    done = subprocess.run(command(*arguments, **options), capture_output=True, text=True, timeout=400, env=environment())
+    words = command(*arguments, **options)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=400, env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
 def logp_differences(run_dir):
-    """Between vLLM's log-probabilities and the trainer's, step by step: TRL's alarm for stale weights."""
-    history = json.loads((run_dir / "trainer_state.json").read_text())["log_history"]
-    key = "sampling/sampling_logp_difference/mean"
-    return [entry[key] for entry in history if key in entry]
+    """Between vLLM's log-probabilities and the trainer's, step by step."""
+    history = json.loads((run_dir / STATE_FILE).read_text())["log_history"]
+    return [entry[LOGP_DIFFERENCE] for entry in history if LOGP_DIFFERENCE in entry]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -79,7 +78,13 @@ def test_colocated_vllm_follows_the_weights(tmp_path, processes):
     differences = logp_differences(tmp_path / "run")
     assert len(differences) == 4
     assert max(differences) < 0.01
-    assert (tmp_path / "run" / "summary.json").exists()
+    assert (tmp_path / "run" / SUMMARY_FILE).exists()
+
+
+def test_an_engine_that_is_left_to_itself_ends_with_a_traceback(tmp_path):
+    """If not, `quirks.end_colocated_vllm` can go."""
+    done = train(tmp_path / "run", "--keep-engine", max_steps=1)
+    assert "Invalid process group specified" in done.stderr
 
 
 def test_a_resumed_run_generates_with_its_own_weights(tmp_path):
@@ -88,7 +93,8 @@ def test_a_resumed_run_generates_with_its_own_weights(tmp_path):
     assert "resuming from" in done.stdout
     differences = logp_differences(tmp_path / "run")
     assert len(differences) == 6
-    assert max(differences) < 0.01  # with the base's weights it would be far above: see the next test
+    # With the base's weights it would be far above: see the next test.
+    assert max(differences) < 0.01
 
 
 def test_the_alarm_for_stale_weights_works(tmp_path):
@@ -103,29 +109,41 @@ class Training:
 
     def __init__(self, run_dir, processes):
         self.run_dir = run_dir
+        launcher = LAUNCHER if processes > 1 else ()
         self.process = subprocess.Popen(
-            command(run_dir, launcher=LAUNCHER if processes > 1 else (), vllm_mode="server", max_steps=2000),
+            command(run_dir, launcher=launcher, vllm_mode="server", max_steps=2000),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             env=environment(),
             start_new_session=True,
         )
-        wait_for(lambda: self.process.poll() is not None or len(list(run_dir.glob(f"checkpoint-*/{COMPLETE_MARKER}"))) > 1, 300)
+        wait_for(lambda: self.process.poll() is not None or len(self.checkpoints()) > 1, 300)
         assert self.process.poll() is None, self.process.stderr.read()[-3000:]
 
+    def checkpoints(self):
+        return list(self.run_dir.glob(f"checkpoint-*/{COMPLETE_MARKER}"))
+
     def servers(self):
-        """The processes of the server: those in the group of the one that serves this run's port."""
-        listed = subprocess.run(["ps", "-eo", "pid,pgid,stat,args"], capture_output=True, text=True, check=True).stdout
-        rows = [line.split(None, 3) for line in listed.splitlines()[1:]]
+        """The processes of the server: those in the group of the one that serves this run."""
+        rows = [line.split(None, 3) for line in processes_with("pid,pgid,stat,args")]
         log = str(self.run_dir / "logs" / "vllm.log")
         keepers = {pid for pid, _, _, arguments in rows if log in arguments}
         if not hasattr(self, "group"):
             leaders = [
-                pid for pid, pgid, _, arguments in rows if pid == pgid and "vllm.entrypoints" in arguments and pid not in keepers
+                pid
+                for pid, pgid, _, arguments in rows
+                if pid == pgid and "vllm.entrypoints" in arguments and pid not in keepers
             ]
             (self.group,) = leaders
-        return [int(pid) for pid, pgid, state, _ in rows if pgid == self.group and not state.startswith("Z")]
+        alive = [row for row in rows if not row[2].startswith("Z")]
+        return [int(pid) for pid, pgid, _, _ in alive if pgid == self.group]
+
+
+def processes_with(columns):
+    """What ps says of every process, a line each."""
+    done = subprocess.run(["ps", "-eo", columns], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[1:]
 
 
 def wait_for(condition, seconds):
@@ -151,7 +169,7 @@ def test_the_death_of_the_server_ends_the_run_at_once_with_its_last_words(traini
     assert training.process.wait(30) == 1
     message = training.process.stderr.read()
     assert message.count("error: the vLLM server died; the last lines of") == 1
-    assert any(training.run_dir.glob(f"checkpoint-*/{COMPLETE_MARKER}"))
+    assert training.checkpoints()
     wait_for(lambda: not training.servers(), 10)
 
 
@@ -166,23 +184,26 @@ def test_kill_9_of_the_trainer_leaves_no_server(training):
 def test_a_finished_run_ends_its_server(tmp_path):
     done = train(tmp_path / "run", vllm_mode="server")
     assert "starting vLLM on the CPU; its log is" in done.stdout
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(tmp_path) not in listed
+    assert not any(str(tmp_path) in arguments for arguments in processes_with("args"))
 
 
 def test_a_given_server_is_used_and_left_alone(tmp_path):
-    recipe = load_recipe(
-        ROOT / "recipes" / "tiny-cpu.yaml", ["--vllm_max_model_length", "72", "--vllm_gpu_memory_utilization", "0.5"]
-    )
+    memory = ["--vllm_max_model_length", "72", "--vllm_gpu_memory_utilization", "0.5"]
+    recipe = load_recipe(RECIPE, memory)
     port = 18_123
     log = (tmp_path / "server.log").open("wb")
-    variables = {**environment(), "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1"}
+    cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1"}
+    variables = {**environment(), **cpu, "VLLM_SERVER_DEV_MODE": "1"}
     server = subprocess.Popen(
-        [str(PYTHON), *server_command(recipe, port)], stdout=log, stderr=log, env=variables, start_new_session=True
+        [str(PYTHON), *server_command(recipe, port)],
+        stdout=log,
+        stderr=log,
+        env=variables,
+        start_new_session=True,
     )
     try:
-        url = f"http://127.0.0.1:{port}"
-        done = train(tmp_path / "run", vllm_mode="server", vllm_server_base_url=url, vllm_server_timeout=120.0)
+        given = {"vllm_server_base_url": f"http://127.0.0.1:{port}", "vllm_server_timeout": 120.0}
+        done = train(tmp_path / "run", vllm_mode="server", **given)
         assert "starting vLLM" not in done.stdout
         assert server.poll() is None
         assert not (tmp_path / "run" / "logs").exists()

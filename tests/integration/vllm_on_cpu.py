@@ -1,14 +1,21 @@
-"""Runs `scripts/run_r1_grpo.py` with a CPU build of vLLM: vllm_on_cpu.py [--stale-weights] --config RECIPE [--key value ...]
+"""Runs `scripts/run_r1_grpo.py`, with its arguments, with a CPU build of vLLM.
 
-The one place where a test steps between our code and the libraries, because two things cannot run without a GPU:
+The one place where a test steps between our code and the libraries, because two things cannot run
+without a GPU:
 
-- The CPU build packs the linear layers for oneDNN, after which no weights can be loaded into them. Switched off.
-- Server mode sends the weights over NCCL. The two calls of TRL's client that do so are cut out: the server keeps its first weights.
-  `--stale-weights` cuts the sending of colocated mode, too, to show that the alarm for stale weights works.
+- The CPU build packs the linear layers for oneDNN, after which no weights can be loaded into them.
+  Switched off.
+- Server mode sends the weights over NCCL. The two calls of TRL's client that do so are cut out: the
+  server keeps its first weights. `--stale-weights` cuts the sending of colocated mode, too, to show
+  that the alarm for stale weights works.
+
+`--keep-engine` leaves out `quirks.end_colocated_vllm`, to show what it is for.
 """
 
 import os
+import runpy
 import sys
+from pathlib import Path
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1"}
 
@@ -22,11 +29,15 @@ if __name__ == "__main__":
     from trl.generation.vllm_client import VLLMClient
     from trl.generation.vllm_generation import VLLMGeneration
 
-    from mini_r1.cli import train_script
+    from mini_r1 import quirks
 
     VLLMClient.init_communicator = lambda self, device=0: None
-    VLLMClient.update_named_params = lambda self, metadata, named_params: [None for _ in named_params]
+    VLLMClient.update_named_params = lambda self, metadata, params: [None for _ in params]
     if "--stale-weights" in sys.argv:
         sys.argv.remove("--stale-weights")
         VLLMGeneration.sync_weights = lambda self, *args, **kwargs: None
-    sys.exit(train_script())
+    if "--keep-engine" in sys.argv:
+        sys.argv.remove("--keep-engine")
+        quirks.end_colocated_vllm = lambda trainer: None
+    script = Path(__file__).parents[2] / "scripts" / "run_r1_grpo.py"
+    runpy.run_path(str(script), run_name="__main__")

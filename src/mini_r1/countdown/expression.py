@@ -8,8 +8,8 @@ Grammar (ASCII only, whitespace allowed between tokens):
     factor   := "-" factor | integer | "(" sum ")"
     integer  := "0" | [1-9][0-9]*
 
-Values are exact rationals. There is no `eval`, no float and no recursion, and the length of the text is bounded, so that no
-completion can stall a training step.
+Values are exact rationals. There is no `eval`, no float and no recursion, and the length of the
+text is bounded, so that no completion can stall a training step.
 """
 
 import re
@@ -17,8 +17,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
-# The longest accepted text, in characters. A solution with six 3-digit numbers and every possible bracket needs about 50; the
-# cap keeps the slowest accepted text (a sum of 1-digit fractions) below 2 ms.
+# The longest accepted text, in characters. A solution with six 3-digit numbers and every possible
+# bracket needs about 50; the cap keeps the slowest accepted text (a sum of 1-digit fractions)
+# below 2 ms.
 MAX_CHARS = 500
 
 _TOKEN = re.compile(r"[ \t\r\n\f\v]*(?:(0(?![0-9])|[1-9][0-9]*)|([-+*/()=]))")
@@ -27,12 +28,12 @@ _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3}
 
 
 class ExpressionError(ValueError):
-    """The text is not an equation by the grammar above, divides by zero, or states a wrong value after `=`."""
+    """The text is no equation by the grammar above, divides by zero, or states a wrong value."""
 
 
 @dataclass(frozen=True)
 class Equation:
-    """A judged equation: its exact `value` and the `numbers` on its left side, in order of appearance."""
+    """A judged equation: its exact `value` and the `numbers` on its left side, in their order."""
 
     value: Fraction
     numbers: tuple[int, ...]
@@ -57,7 +58,7 @@ def parse(text: str) -> Equation:
 
 
 def is_solution(text: str, nums: Iterable[int], target: int | Fraction) -> bool:
-    """Whether `text` is an equation that uses each of `nums` exactly once and is worth exactly `target`."""
+    """Whether `text` is an equation that uses each of `nums` once and is worth exactly `target`."""
     try:
         equation = parse(text)
     except ExpressionError:
@@ -72,7 +73,9 @@ def _tokenize(text: str) -> list[int | str]:
     while position < len(text):
         match = _TOKEN.match(text, position)
         if match is None:
-            raise ExpressionError(f"unexpected text at character {position}: {text[position : position + 10]!r}")
+            raise ExpressionError(
+                f"unexpected text at character {position}: {text[position : position + 10]!r}"
+            )
         tokens.append(int(match[1]) if match[1] else match[2])
         position = match.end()
     return tokens
@@ -88,7 +91,7 @@ def _stated_value(tokens: list[int | str]) -> int:
 
 
 def _evaluate(tokens: list[int | str]) -> Equation:
-    """Shunting-yard: one pass, two stacks, so brackets may nest as deep as the length cap lets them."""
+    """Shunting-yard: one pass, two stacks, so brackets may nest as deep as the length cap lets."""
     values: list[Fraction] = []
     operators: list[str] = []
     numbers: list[int] = []
@@ -113,7 +116,11 @@ def _evaluate(tokens: list[int | str]) -> Equation:
                 raise ExpressionError("a ')' without its '('")
             operators.pop()
         elif token in ("+", "-", "*", "/"):
-            while operators and operators[-1] != "(" and _PRECEDENCE[operators[-1]] >= _PRECEDENCE[token]:
+            while (
+                operators
+                and operators[-1] != "("
+                and _PRECEDENCE[operators[-1]] >= _PRECEDENCE[token]
+            ):
                 _apply(operators.pop(), values)
             operators.append(token)
             operand_expected = True

@@ -1,8 +1,8 @@
 """Seeded generation of solvable puzzles, and a puzzle's canonical key.
 
-Candidate i of a seed is a function of (seed, i) alone: every draw is a SHA-256 of the seed, the index and a counter, so the same
-seed gives the same bytes on any machine, Python version and chunking. (Adding seed and index instead makes neighbouring seeds
-share almost all their puzzles.)
+Candidate i of a seed is a function of (seed, i) alone: every draw is a SHA-256 of the seed, the
+index and a counter, so the same seed gives the same bytes on any machine, Python version and
+chunking. (Adding seed and index instead makes neighbouring seeds share almost all their puzzles.)
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,8 @@ from itertools import count, islice
 
 from mini_r1.countdown.solver import MAX_NUMBERS, MIN_NUMBERS, reachable
 
-# Give up when this many candidates in a row brought no new puzzle: the described space is then all but used up.
+# Give up when this many candidates in a row brought no new puzzle: the described space is then all
+# but used up.
 MAX_MISSES = 20_000
 
 
@@ -25,8 +26,16 @@ class Puzzle:
 
     @property
     def key(self) -> str:
-        """The canonical key, e.g. `7,19,36,55=65`: equal for puzzles that differ only in the order of their numbers."""
+        """The canonical key, e.g. `7,19,36,55=65`: the order of the numbers makes no difference."""
         return f"{','.join(map(str, sorted(self.nums)))}={self.target}"
+
+
+class PuzzleSpaceError(ValueError):
+    """A range or a count that describes no puzzles; `name` is the attribute it is about."""
+
+    def __init__(self, name: str, problem: str):
+        self.name = name
+        super().__init__(problem)
 
 
 @dataclass(frozen=True)
@@ -36,10 +45,11 @@ class PuzzleSpace:
     Attributes:
         num_numbers: how many numbers a puzzle may give, each count equally likely.
         number_range: the smallest and the largest number.
-        target_range: the smallest and the largest target. The target is drawn evenly from the reachable integers in this range.
+        target_range: the smallest and the largest target. The target is drawn evenly from the
+            reachable integers in this range.
 
     Raises:
-        ValueError: an empty range, or a count the solver does not take.
+        PuzzleSpaceError: an empty range, or a count the solver does not take.
     """
 
     num_numbers: tuple[int, ...] = (3, 4)
@@ -47,12 +57,18 @@ class PuzzleSpace:
     target_range: tuple[int, int] = (10, 99)
 
     def __post_init__(self):
-        if not self.num_numbers or not all(MIN_NUMBERS <= n <= MAX_NUMBERS for n in self.num_numbers):
-            raise ValueError(f"num_numbers: each count is {MIN_NUMBERS} to {MAX_NUMBERS}, got {list(self.num_numbers)}")
+        counts_fit = all(MIN_NUMBERS <= n <= MAX_NUMBERS for n in self.num_numbers)
+        if not self.num_numbers or not counts_fit:
+            raise PuzzleSpaceError(
+                "num_numbers",
+                f"each count is {MIN_NUMBERS} to {MAX_NUMBERS}, got {list(self.num_numbers)}",
+            )
         for name in ("number_range", "target_range"):
             low, high = getattr(self, name)
             if not 0 <= low <= high:
-                raise ValueError(f"{name}: want [low, high] with 0 <= low <= high, got {[low, high]}")
+                raise PuzzleSpaceError(
+                    name, f"want [low, high] with 0 <= low <= high, got {[low, high]}"
+                )
 
 
 def uniform_hash(*parts: object) -> int:
@@ -61,7 +77,9 @@ def uniform_hash(*parts: object) -> int:
 
 
 def generate(num_puzzles: int, seed: int, space: PuzzleSpace) -> Iterator[Puzzle]:
-    """The first `num_puzzles` distinct solvable puzzles of a seed, in order; a longer run starts with the same puzzles.
+    """The first `num_puzzles` distinct solvable puzzles of a seed, in order.
+
+    Asked for more, it starts with the same puzzles.
 
     Raises:
         ValueError: the space holds fewer distinct puzzles than asked for.
@@ -82,7 +100,8 @@ def _distinct(num_puzzles: int, seed: int, space: PuzzleSpace) -> Iterator[Puzzl
         misses += 1
         if misses == MAX_MISSES:
             raise ValueError(
-                f"found {len(seen)} different puzzles of {num_puzzles} asked for, and no new one in {MAX_MISSES} tries; "
+                f"found {len(seen)} different puzzles of {num_puzzles} asked for, "
+                f"and no new one in {MAX_MISSES} tries; "
                 "ask for fewer or widen num_numbers, number_range or target_range"
             )
 

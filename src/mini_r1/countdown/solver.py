@@ -1,11 +1,13 @@
-"""Which targets can be reached, one solution, and how hard a puzzle is; exact, for two to six numbers.
+"""Which targets can be reached, a solution, how hard a puzzle is; exact, for two to six numbers.
 
-The values of a multiset of numbers are built from those of its parts: every split into two parts, every pair of their values,
-every operator. Signs are left out of the table: with |x| and |y| known, x + y and x - y are |x| + |y| or ||x| - |y|| up to a sign,
-which halves the work and loses no target (the grammar has a unary minus). The last step is never tabled when one target is
-asked for: its second operand follows from the first, so six numbers take a second instead of minutes.
+The values of a multiset of numbers are built from those of its parts: every split into two parts,
+every pair of their values, every operator. Signs are left out of the table: with |x| and |y| known,
+x + y and x - y are |x| + |y| or ||x| - |y|| up to a sign, which halves the work and loses no target
+(the grammar has a unary minus). The last step is never tabled when one target is asked for: its
+second operand follows from the first, so six numbers take a second instead of minutes.
 
-Out of scope: targets that are not integers, and the television game's rule that numbers may be left out.
+Out of scope: targets that are not integers, and the television game's rule that numbers may be left
+out.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,7 +19,8 @@ from math import gcd
 MIN_NUMBERS, MAX_NUMBERS = 2, 6
 OPERATORS = "+-*/"
 
-# A value is a reduced fraction (numerator >= 0, denominator > 0): tuples of ints are six times faster than fractions.Fraction.
+# A value is a reduced fraction (numerator >= 0, denominator > 0): tuples of ints are six times
+# faster than fractions.Fraction.
 Value = tuple[int, int]
 Numbers = tuple[int, ...]
 
@@ -29,8 +32,9 @@ class Difficulty:
     Attributes:
         numbers: how many numbers are given.
         operator_kinds: the fewest kinds of operators that any solution needs, 1 to 4.
-        solutions: how many solutions there are. Two are the same when they differ in the order of the operands of + and *, or
-            in where a minus sign stands; `(1 + 2) + 3` and `1 + (2 + 3)` are two.
+        solutions: how many solutions there are. Two are the same when they differ in the order of
+            the operands of + and *, or in where a minus sign stands; `(1 + 2) + 3` and
+            `1 + (2 + 3)` are two.
         plus_minus_only: whether + and - alone are enough.
     """
 
@@ -41,7 +45,9 @@ class Difficulty:
 
 
 def reachable(nums: Iterable[int], operators: str = OPERATORS) -> set[int]:
-    """All integers >= 0 that the numbers can make, each number used exactly once (-n can be made exactly when n can).
+    """All integers >= 0 that the numbers can make, each number used exactly once.
+
+    -n can be made exactly when n can.
 
     Raises:
         ValueError: not two to six non-negative integers.
@@ -51,7 +57,9 @@ def reachable(nums: Iterable[int], operators: str = OPERATORS) -> set[int]:
 
 
 def solve(nums: Iterable[int], target: int) -> str | None:
-    """One solution such as `(19 + 36) + 10`, without * and / where + and - are enough, or None if there is none.
+    """One solution such as `(19 + 36) + 10`, or None if there is none.
+
+    It does without * and / where + and - are enough.
 
     Raises:
         ValueError: not two to six non-negative integers.
@@ -158,8 +166,10 @@ def _reduced(numerator: int, denominator: int) -> Value:
     return numerator // divisor, denominator // divisor
 
 
-def _last_steps(numbers: Numbers, target: Value, operators: str) -> Iterator[tuple[str, Numbers, Value, Numbers, Value]]:
-    """Every (operator, left part, left value, right part, right value) whose result is the target."""
+def _last_steps(
+    numbers: Numbers, target: Value, operators: str
+) -> Iterator[tuple[str, Numbers, Value, Numbers, Value]]:
+    """Every (operator, left part, left value, right part, right value) that makes the target."""
     for part, other in _splits(numbers):
         values, partners = _values(part, operators), _values(other, operators)
         if len(values) > len(partners):
@@ -170,7 +180,9 @@ def _last_steps(numbers: Numbers, target: Value, operators: str) -> Iterator[tup
                     yield (operator, part, x, other, y) if x_left else (operator, other, y, part, x)
 
 
-def _partners(x: Value, target: Value, operators: str, candidates: Iterable[Value]) -> Iterator[tuple[str, bool, Value]]:
+def _partners(
+    x: Value, target: Value, operators: str, candidates: Iterable[Value]
+) -> Iterator[tuple[str, bool, Value]]:
     """Every (operator, x stands left, y) that makes the target from x: `_combine` inverted."""
     (a, b), (t, u) = x, target
     if "+" in operators and t * b >= a * u:
@@ -202,10 +214,11 @@ def _can_make(numbers: Numbers, target: Value, operators: str) -> bool:
 
 
 def _count_solutions(numbers: Numbers, target: Value) -> int:
-    return sum(
-        _pairs(_values(left, OPERATORS)[x], _values(right, OPERATORS)[y], interchangeable=(left, x) == (right, y))
-        for _, left, x, right, y in _last_steps(numbers, target, OPERATORS)
-    )
+    count = 0
+    for _, left, x, right, y in _last_steps(numbers, target, OPERATORS):
+        ways_x, ways_y = _values(left, OPERATORS)[x], _values(right, OPERATORS)[y]
+        count += _pairs(ways_x, ways_y, interchangeable=(left, x) == (right, y))
+    return count
 
 
 def _expression(numbers: Numbers, target: Value, operators: str) -> str:

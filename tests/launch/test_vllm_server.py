@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mini_r1 import vllm_server
+from mini_r1.launch import vllm_server
+from mini_r1.launch.vllm_server import ServerDied, VLLMServer, take_last_gpu
 from mini_r1.recipe import load_recipe
-from mini_r1.vllm_server import ServerDied, VLLMServer, take_last_gpu
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = RECIPES / "tiny-cpu.yaml"
 # Stands in for vLLM's process tree: a child of its own, and neither ends on SIGTERM.
 STUBBORN = (
@@ -21,7 +21,10 @@ STUBBORN = (
 
 
 def start_keeper(tmp_path, *command):
-    return subprocess.Popen([sys.executable, "-m", "mini_r1.vllm_server", str(tmp_path / "log"), *command], stdin=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-m", "mini_r1.launch.vllm_server", str(tmp_path / "log"), *command],
+        stdin=subprocess.PIPE,
+    )
 
 
 def wait_for(condition, seconds=15):
@@ -41,7 +44,8 @@ def alive(pid):
 
 def test_the_server_and_its_children_end_with_the_trainer(tmp_path):
     keeper = start_keeper(tmp_path, sys.executable, "-c", STUBBORN)
-    child = int(wait_for(lambda: (tmp_path / "log").exists() and (tmp_path / "log").read_text().strip()))
+    log = tmp_path / "log"
+    child = int(wait_for(lambda: log.exists() and log.read_text().strip()))
     assert alive(child)
     keeper.stdin.close()  # what the kernel does when the trainer dies
     keeper.wait(15)
@@ -67,9 +71,12 @@ def test_the_end_of_the_server_ends_the_keeper_with_its_exit_code(tmp_path):
 
 
 def test_a_server_that_does_not_start_is_reported_with_its_log(tmp_path):
-    recipe = load_recipe(TINY, ["--model_name_or_path", "/no/such/model", "--output_dir", str(tmp_path)])
+    recipe = load_recipe(
+        TINY, ["--model_name_or_path", "/no/such/model", "--output_dir", str(tmp_path)]
+    )
     server = VLLMServer(recipe, None)
-    with pytest.raises(ServerDied, match=r"ended before it was ready; the last lines of .*vllm.log:\n"):
+    obituary = r"ended before it was ready; the last lines of .*vllm.log:\n"
+    with pytest.raises(ServerDied, match=obituary):
         server.start()
 
 
@@ -83,8 +90,10 @@ def test_the_server_sees_its_gpu_and_nothing_of_the_launcher(tmp_path, monkeypat
     assert not {"RANK", "WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED"} & server._env.keys()
     command = " ".join(server._command)
     assert "--model Qwen/Qwen2.5-3B-Instruct --revision main --host 127.0.0.1" in command
-    assert f"--port {server.url.rpartition(':')[2]} --max-model-len 1280 --dtype bfloat16" in command
-    assert '--weight-transfer-config {"backend": "nccl"} --logprobs-mode processed_logprobs --max-logprobs -1' in command
+    port = server.url.rpartition(":")[2]
+    assert f"--port {port} --max-model-len 1280 --dtype bfloat16" in command
+    assert '--weight-transfer-config {"backend": "nccl"}' in command
+    assert "--logprobs-mode processed_logprobs --max-logprobs -1" in command
     assert str(server.group_port) not in server.url
 
 

@@ -5,17 +5,22 @@ from pathlib import Path
 
 import pytest
 
-from mini_r1 import InputError, doctor
-from mini_r1.plan import Machine
+from mini_r1 import InputError
+from mini_r1.launch import doctor
+from mini_r1.launch.plan import Machine
 from mini_r1.recipe import load_recipe
+from mini_r1.run import LOGS_FOLDER, RECIPE_FILE
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = RECIPES / "tiny-cpu.yaml"
 ORIGINAL = RECIPES / "grpo-qwen-2.5-3b-deepseek-r1-countdown.yaml"
 
 # Lines added to a recipe that trains the embedded base, and what the message must say.
 BROKEN = {
-    "wrong key": ("learning_rat: 1.0e-4", "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+    "wrong key": (
+        "learning_rat: 1.0e-4",
+        "unknown key 'learning_rat'; did you mean 'learning_rate'?",
+    ),
     "wrong type": ("max_steps: many", "max_steps: want an integer, got 'many'"),
     "old key": ("torch_dtype: bfloat16", "torch_dtype"),
     "set twice": ("num_generations: 4\nnum_generations: 8", "num_generations is set twice"),
@@ -23,18 +28,30 @@ BROKEN = {
     "impossible batch": ("num_generations: 7", "cannot be cut into groups of num_generations: 7"),
     "one completion": ("num_generations: 1", "write at least 2"),
     "two batch sizes": ("generation_batch_size: 64\nsteps_per_generation: 2", "not both"),
-    "too few puzzles": ("num_puzzles: 3\ngradient_accumulation_steps: 8", "num_puzzles: about 2 prompts"),
+    "too few puzzles": (
+        "num_puzzles: 3\ngradient_accumulation_steps: 8",
+        "num_puzzles: about 2 prompts",
+    ),
     "save_steps in a window": ("steps_per_generation: 4\nsave_steps: 5", "write 8"),
     "no GPU for vLLM": ("use_vllm: true", "vLLM needs a GPU"),
-    "missing model folder": ("model_name_or_path: ./no/such/folder", "no folder './no/such/folder'"),
-    "model out of reach": ("model_name_or_path: nobody/nothing", "model_name_or_path: 'nobody/nothing'"),
+    "missing model folder": (
+        "model_name_or_path: ./no/such/folder",
+        "no folder './no/such/folder'",
+    ),
+    "model out of reach": (
+        "model_name_or_path: nobody/nothing",
+        "model_name_or_path: 'nobody/nothing'",
+    ),
     "missing data": ("dataset_id_or_path: puzzles.parquet", "no file or folder 'puzzles.parquet'"),
     "unknown reward": ("reward_funcs: [fromat]", "no reward 'fromat'; did you mean 'format'?"),
     "reward module": ("reward_funcs: [no_such_module.reward]", "no_such_module"),
     "reward weights": ("reward_weights: [1.0]", "1 weights for 2 reward_funcs"),
     "unknown prompt": ("prompt_template: r2", "no 'r2'; choose from"),
     "numbers upside down": ("number_range: [9, 1]", "number_range: want [low, high]"),
-    "unwritable run folder": ("output_dir: /proc/mini-r1", "output_dir: /proc/mini-r1 cannot be written"),
+    "unwritable run folder": (
+        "output_dir: /proc/mini-r1",
+        "output_dir: /proc/mini-r1 cannot be written",
+    ),
     "foreign run folder": ("output_dir: .", "is no run of ours"),
     "resume": ("resume_from_checkpoint: x", "a run resumes by itself"),
 }
@@ -47,7 +64,11 @@ def test_broken_recipes_are_explained_in_one_line_at_once(tmp_path, mistake):
     (tmp_path / "broken.yaml").write_text(f"{base}{lines}\n")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-m", "mini_r1", "train", "broken.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "mini_r1", "train", "broken.yaml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # The time it computed, not the clock: the machine may be busy with something else.
@@ -84,14 +105,16 @@ def test_another_machine_is_judged_by_its_gpus_alone(capsys):
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     recipe = load_recipe(TINY, ["--output_dir", str(tmp_path)])
     assert not list(doctor.problems(recipe))
-    (tmp_path / "logs").mkdir()
+    (tmp_path / LOGS_FOLDER).mkdir()
     assert not list(doctor.problems(recipe))
     (tmp_path / "thesis.tex").touch()
-    assert any("is no run of ours" in problem for problem in doctor.problems(recipe))
+    (problem,) = doctor.problems(recipe)
+    assert "is no run of ours" in str(problem)
 
 
 def test_a_run_is_continued_but_not_as_another_one(tmp_path):
     recipe = load_recipe(TINY, ["--output_dir", str(tmp_path)])
     assert not list(doctor.problems(recipe))
-    (tmp_path / "recipe.yaml").write_text("seed: 7\n")
-    assert any("holds a run with seed: 7, this recipe says 1" in problem for problem in doctor.problems(recipe))
+    (tmp_path / RECIPE_FILE).write_text("seed: 7\n")
+    problems = map(str, doctor.problems(recipe))
+    assert any("holds a run with seed: 7, this recipe says 1" in text for text in problems)

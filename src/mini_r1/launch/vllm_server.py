@@ -1,8 +1,9 @@
 """Owns the vLLM server on the last GPU: start, readiness, liveness, end.
 
-The trainer starts a small keeper (`python -m mini_r1.vllm_server LOG COMMAND...`) and holds its stdin open. The keeper starts vLLM
-in a process group of its own and ends the whole group as soon as that pipe closes, which the kernel does for a trainer that dies in
-any way, kill -9 included.
+The trainer starts a small keeper (`python -m mini_r1.launch.vllm_server LOG COMMAND...`) and holds
+its stdin open. The keeper starts vLLM in a process group of its own and ends the whole group as
+soon as that pipe closes, which the kernel does for a trainer that dies in any way, kill -9
+included.
 
 Left out: sending the weights. That is TRL's, over NCCL, and needs two GPUs.
 """
@@ -20,19 +21,33 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from mini_r1.plan import SERVER_HOST, server_command, visible_gpus
+from mini_r1 import RunFailed
+from mini_r1.launch.plan import SERVER_HOST, server_command, visible_gpus
 from mini_r1.recipe import Recipe
+from mini_r1.run import LOGS_FOLDER
 
 READY_TIMEOUT = 600.0  # seconds; a 7B model from a slow disk, with CUDA graphs, takes minutes
 STOP_TIMEOUT = 5.0  # seconds from SIGTERM to SIGKILL
 POLL_INTERVAL = 0.5  # seconds
 LOG_TAIL = 20  # lines to show of a server that died
-# How the variables start that a launcher sets for the training processes; vLLM would take them for its own.
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
+# How the variables start that a launcher sets for the training processes; vLLM would take them
+# for its own.
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "GROUP_",
+    "ROLE_",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "ACCELERATE_",
+)
 
 
 def take_last_gpu() -> str | None:
-    """Reserve the last visible GPU for the server: hide it from this process, and return its name; None without GPUs.
+    """Hide the last visible GPU from this process, for the server, and return its name.
+
+    None without GPUs.
 
     To be called before anything asks CUDA what there is, which is when CUDA reads the variable.
     """
@@ -43,7 +58,7 @@ def take_last_gpu() -> str | None:
     return gpus[-1]
 
 
-class ServerDied(RuntimeError):
+class ServerDied(RunFailed):
     """The server ended by itself. The message says how and holds the end of its log."""
 
 
@@ -58,9 +73,13 @@ class VLLMServer:
     def __init__(self, recipe: Recipe, gpu: str | None):
         port = _free_port()
         self.url, self.group_port = f"http://{SERVER_HOST}:{port}", _free_port()
-        self.log = recipe.run_dir / "logs" / "vllm.log"
+        self.log = recipe.run_dir / LOGS_FOLDER / "vllm.log"
         self._command = [sys.executable, *server_command(recipe, port)]
-        self._env = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER_VARIABLES)}
+        self._env = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(LAUNCHER_VARIABLES)
+        }
         self._env |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": SERVER_HOST}
         if gpu is not None:
             self._env["CUDA_VISIBLE_DEVICES"] = gpu
@@ -74,8 +93,10 @@ class VLLMServer:
             ServerDied: it ended, or did not answer within READY_TIMEOUT.
         """
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        keeper = [sys.executable, "-m", "mini_r1.vllm_server", str(self.log), *self._command]
-        self._keeper = subprocess.Popen(keeper, stdin=subprocess.PIPE, env=self._env, start_new_session=True)
+        keeper = [sys.executable, "-m", "mini_r1.launch.vllm_server", str(self.log), *self._command]
+        self._keeper = subprocess.Popen(
+            keeper, stdin=subprocess.PIPE, env=self._env, start_new_session=True
+        )
         deadline = time.monotonic() + READY_TIMEOUT
         while not answers(self.url):
             if self._keeper.poll() is not None:
@@ -88,27 +109,37 @@ class VLLMServer:
     def watch(self) -> None:
         """From now on end this process, with exit code 1 and the log's tail, should the server die.
 
-        Waiting for the next request to fail would take TRL's client a minute, and the other ranks' collectives half an hour.
+        Waiting for the next request to fail would take TRL's client a minute, and the other ranks'
+        collectives half an hour.
         """
-        threading.Thread(target=self._watch, daemon=True).start()
+        threading.Thread(target=self._watch, args=(self._keeper,), daemon=True).start()
 
     def stop(self) -> None:
         """End the server, and return when it is gone."""
         self._stopping.set()
-        if self._keeper is not None:
+        if self._keeper is not None and self._keeper.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._keeper.stdin.close()
             self._keeper.wait()
 
-    def _watch(self) -> None:
-        self._keeper.wait()
+    def _watch(self, keeper: subprocess.Popen) -> None:
+        keeper.wait()
         if not self._stopping.is_set():
             print(f"error: {self._obituary('died')}", file=sys.stderr, flush=True)
             os._exit(1)
 
     def _obituary(self, what: str) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []
-        return "\n".join([f"the vLLM server {what}; the last lines of {self.log}:", *(f"  {line}" for line in lines[-LOG_TAIL:])])
+        lines = (
+            self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+            if self.log.exists()
+            else []
+        )
+        return "\n".join(
+            [
+                f"the vLLM server {what}; the last lines of {self.log}:",
+                *(f"  {line}" for line in lines[-LOG_TAIL:]),
+            ]
+        )
 
 
 def answers(url: str) -> bool:
@@ -127,9 +158,15 @@ def _free_port() -> int:
 
 
 def keep(log: Path, command: list[str]) -> int:
-    """Run a command until it ends or stdin closes, then end its whole process group. Returns its exit code."""
+    """Run a command until it ends or stdin closes, then end its whole process group.
+
+    Returns:
+        the command's exit code.
+    """
     with log.open("ab") as output:
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+        server = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
     with selectors.DefaultSelector() as selector:
         selector.register(sys.stdin, selectors.EVENT_READ)
         while server.poll() is None and not selector.select(POLL_INTERVAL):
@@ -144,5 +181,7 @@ def keep(log: Path, command: list[str]) -> int:
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: None)  # it outlives the trainer by a moment; unlike SIG_IGN, vLLM does not inherit this
+        signal.signal(
+            number, lambda *_: None
+        )  # it outlives the trainer by a moment; unlike SIG_IGN, vLLM does not inherit this
     sys.exit(keep(Path(sys.argv[1]), sys.argv[2:]))

@@ -1,12 +1,13 @@
-"""A recipe as a SLURM job: which nodes train and which one serves, their steps, pausing in time, requeueing.
+"""A recipe as a SLURM job: which nodes train, which one serves, pausing in time, requeueing.
 
-`scripts/slurm/train.sbatch` becomes this process, on the first node of the job. It starts the steps with srun, watches them, and
-passes on the request to pause: SLURM's USR1 before the time limit, or TERM, becomes a STOP file in the run folder, since a signal
-to a launcher would reach its processes as their end. The trainer saves, leaves a PAUSED marker and ends; then the job is requeued,
-and the same command resumes.
+`scripts/slurm/train.sbatch` becomes this process, on the first node of the job. It starts the
+steps with srun, watches them, and passes on the request to pause: SLURM's USR1 before the time
+limit, or TERM, becomes a STOP file in the run folder, since a signal to a launcher would reach its
+processes as their end. The trainer saves, leaves a PAUSED marker and ends; then the job is
+requeued, and the same command resumes.
 
-    sbatch --nodes=3 --gpus-per-node=8 --time=24:00:00 scripts/slurm/train.sbatch RECIPE [--key value ...]
-    mini-r1 slurm RECIPE --nodes 3 --gpus-per-node 8 --gpu-memory 80 --dry-run      # plan and check it, without SLURM
+    sbatch --nodes=3 --gpus-per-node=8 scripts/slurm/train.sbatch RECIPE [--key value ...]
+    mini-r1 slurm RECIPE --nodes 3 --gpus-per-node 8 --gpu-memory 80 --dry-run   # without SLURM
 """
 
 import os
@@ -21,22 +22,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mini_r1 import InputError
-from mini_r1.manifest import write_text
-from mini_r1.model import PAUSED_MARKER, STOP_FILE
-from mini_r1.plan import (
+from mini_r1.launch.plan import (
     LAUNCH_CONFIGS,
     ROOT,
     TRAINING_SCRIPT,
     Machine,
     check_batch,
-    completions_per_step,
+    describe_batch,
     launcher_for,
     make_plan,
     owns_server,
     server_command,
 )
+from mini_r1.launch.vllm_server import answers
 from mini_r1.recipe import Recipe, load_recipe
-from mini_r1.vllm_server import answers
+from mini_r1.run import LOGS_FOLDER, paused_step, request_stop, withdraw_stop, write_text
 
 MAX_REQUEUES = 100  # a job that always pauses at once would go on for ever
 SERVER_READY_TIMEOUT = 900.0  # seconds
@@ -67,34 +67,42 @@ class JobPlan:
         return self.training_nodes * self.processes_per_node
 
     def __str__(self) -> str:
-        completions, group = completions_per_step(self.recipe, self.processes), self.recipe.training.get("num_generations", 8)
-        names = [f"NODE{number}" for number in range(1, self.training_nodes + 1)]
+        nodes = [f"NODE{number}" for number in range(1, self.training_nodes + 1)]
+        overrides = list(self.recipe.overrides)
         lines = {
             "nodes": f"{self.training_nodes} to train, {self.processes_per_node} processes on each"
             + (", 1 more for vLLM, the last" if self.served else ""),
-            "batch": f"{completions} completions per optimizer step, {completions / group:g} prompts x {group}",
-            "training": self.train_command(names, 20_000, list(self.recipe.overrides), Path("LOGS")),
+            "batch": describe_batch(self.recipe, self.processes),
+            "training": self.train_command(nodes, 20_000, overrides, Path("LOGS")),
         }
         if self.served:
-            lines["server"] = shlex.join(["python", *server_command(self.recipe, 20_001, "LAST", self.processes_per_node)])
+            server = server_command(self.recipe, 20_001, "LAST", self.processes_per_node)
+            lines["server"] = shlex.join(["python", *server])
         return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
 
-    def train_command(self, nodes: list[str], port: int, overrides: list[str], log_dir: Path) -> str:
+    def train_command(
+        self, nodes: list[str], port: int, overrides: list[str], log_dir: Path
+    ) -> str:
         """A line for bash on every training node, where SLURM_PROCID is the node's rank."""
         script = [str(ROOT / TRAINING_SCRIPT), "--config", str(self.recipe.path), *overrides]
         if self.launcher is None:
             return f"exec {shlex.join([sys.executable, *script])}"
+        options = {
+            "config_file": ROOT / LAUNCH_CONFIGS / f"{self.launcher}.yaml",
+            "num_machines": self.training_nodes,
+            "num_processes": self.processes,
+            "main_process_ip": nodes[0],
+            "main_process_port": port,
+            "rdzv_backend": "static",
+            "tee": 3,
+        }
         launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-        launch += [
-            "--config_file",
-            str(ROOT / LAUNCH_CONFIGS / f"{self.launcher}.yaml"),
-            "--num_machines",
-            str(self.training_nodes),
-        ]
-        launch += ["--num_processes", str(self.processes), "--main_process_ip", nodes[0], "--main_process_port", str(port)]
-        launch += ["--rdzv_backend", "static", "--tee", "3"]
-        of_this_node = f'--log_dir {shlex.quote(str(log_dir))}/node"$SLURM_PROCID" --machine_rank "$SLURM_PROCID"'
-        return f"exec {shlex.join(launch)} {of_this_node} {shlex.join(script)}"
+        for name, value in options.items():
+            launch += [f"--{name}", str(value)]
+        # Expanded on each node: in the batch shell it would be 0 everywhere.
+        rank = '"$SLURM_PROCID"'
+        of_node = f"--log_dir {shlex.quote(str(log_dir))}/node{rank} --machine_rank {rank}"
+        return f"exec {shlex.join(launch)} {of_node} {shlex.join(script)}"
 
 
 def plan_job(recipe: Recipe, nodes: int, machine: Machine) -> JobPlan:
@@ -103,28 +111,34 @@ def plan_job(recipe: Recipe, nodes: int, machine: Machine) -> JobPlan:
     Raises:
         InputError: it cannot work; the message says which change would make it work.
     """
-    on_cpu = bool(recipe.training.get("use_cpu"))
     if nodes == 1:
         plan = make_plan(recipe, machine)
         return JobPlan(recipe, 1, False, plan.processes, plan.launcher)
     served = owns_server(recipe)
     training_nodes = nodes - served
-    per_node = 1 if on_cpu else machine.gpus
+    per_node = 1 if recipe.get("use_cpu") else machine.gpus
     if per_node < 1:
-        raise recipe.error("use_cpu: no GPUs on the nodes; give --gpus-per-node, or train a recipe with use_cpu: true")
+        raise recipe.error(
+            "no GPUs on the nodes; give --gpus-per-node, or train a recipe with use_cpu: true",
+            "use_cpu",
+        )
     processes = training_nodes * per_node
     check_batch(recipe, processes)
     return JobPlan(recipe, training_nodes, served, per_node, launcher_for(recipe, processes))
 
 
-def submit_command(recipe: Recipe, nodes: int, gpus_per_node: int, time_limit: str | None) -> list[str]:
+def submit_command(
+    recipe: Recipe, nodes: int, gpus_per_node: int, time_limit: str | None
+) -> list[str]:
     """The sbatch line for the wrapper script, in the root of the checkout."""
-    options = [f"--nodes={nodes}", *([f"--gpus-per-node={gpus_per_node}"] if gpus_per_node else [])]
+    options = [f"--nodes={nodes}"]
+    options += [f"--gpus-per-node={gpus_per_node}"] if gpus_per_node else []
     options += [f"--time={time_limit}"] if time_limit else []
-    return ["sbatch", *options, "scripts/slurm/train.sbatch", os.path.relpath(recipe.path, ROOT), *recipe.overrides]
+    script = ["scripts/slurm/train.sbatch", os.path.relpath(recipe.path, ROOT), *recipe.overrides]
+    return ["sbatch", *options, *script]
 
 
-# ---- In the job -------------------------------------------------------------------------------------------------------------
+# ---- In the job -----------------------------------------------------------------------------
 
 
 class Job:
@@ -138,34 +152,41 @@ class Job:
         self.requeue_id = f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else self.id
         self.nodes = _output("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]).split()
         self.gpus_per_node = int(env.get("SLURM_GPUS_ON_NODE", 0))
-        self.logs = self.run_dir / "logs" / f"{self.id}.{self.attempt}"
+        self.logs = self.run_dir / LOGS_FOLDER / f"{self.id}.{self.attempt}"
         # Ports that jobs and attempts side by side on a node do not share.
         self.port = 20_000 + (int(self.id) * 7 + self.attempt) % 10_000
         self.why: str | None = None
-        self.step_before = self._paused_step() or 0  # where the last attempt paused
+        self.step_before = paused_step(self.run_dir) or 0  # where the last attempt paused
 
     def run(self) -> int:
-        """Run the recipe in this allocation and return the exit code; after a pause the job is requeued and does not return."""
-        plan = plan_job(self.recipe, len(self.nodes), Machine(self.gpus_per_node, float("inf") if self.gpus_per_node else 0.0))
+        """Run the recipe in this allocation and return the exit code.
+
+        After a pause the job is requeued, and this does not return.
+        """
+        # Lay the run out over the nodes. What a GPU holds is not known here; it was checked before.
+        memory = float("inf") if self.gpus_per_node else 0.0
+        plan = plan_job(self.recipe, len(self.nodes), Machine(self.gpus_per_node, memory))
+        training = self.nodes[: plan.training_nodes]
+        server_node = self.nodes[-1] if plan.served else None
         self.logs.mkdir(parents=True, exist_ok=True)
         self._capture()
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._on_signal)
-        (self.run_dir / STOP_FILE).unlink(missing_ok=True)
-        training, server_node = self.nodes[: plan.training_nodes], self.nodes[-1] if plan.served else None
-        self.say(f"training on {', '.join(training)}" + (f", vLLM on {server_node}" if server_node else ""))
+        withdraw_stop(self.run_dir)
+        beside = f", vLLM on {server_node}" if server_node else ""
+        self.say(f"training on {', '.join(training)}{beside}")
+
+        # Start the server first, if there is one, then the training.
         overrides = [*self.recipe.overrides, "--output_dir", str(self.run_dir)]
         server = None
         if server_node:
             server = self._start_server(server_node, plan.processes_per_node)
-            overrides += [
-                "--vllm_server_base_url",
-                f"http://{server_node}:{self.port + 1}",
-                "--vllm_group_port",
-                str(self.port + 2),
-            ]
+            overrides += ["--vllm_server_base_url", f"http://{server_node}:{self.port + 1}"]
+            overrides += ["--vllm_group_port", str(self.port + 2)]
         command = plan.train_command(training, self.port, overrides, self.logs / "ranks")
         trainer = self._srun(training, "train", ["bash", "-c", command])
+
+        # Wait for it, whatever happens meanwhile, and clean up.
         code = self._watch(trainer, server)
         if server and server.poll() is None:
             server.terminate()
@@ -173,7 +194,8 @@ class Job:
         return self._requeue_or(code)
 
     def say(self, text: str) -> None:
-        print(f"[{time.strftime('%H:%M:%S')} job {self.id} attempt {self.attempt}] {text}", flush=True)
+        now = time.strftime("%H:%M:%S")
+        print(f"[{now} job {self.id} attempt {self.attempt}] {text}", flush=True)
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._stop(signal.Signals(number).name)
@@ -181,16 +203,21 @@ class Job:
     def _stop(self, why: str) -> None:
         self.why = self.why or why
         self.say(f"{why}: asking the run to save and stop")
-        (self.run_dir / STOP_FILE).touch()
+        request_stop(self.run_dir)
 
-    def _srun(self, nodes: list[str], name: str, command: list[str], **env: str) -> subprocess.Popen:
+    def _srun(
+        self, nodes: list[str], name: str, command: list[str], **env: str
+    ) -> subprocess.Popen:
         """A step with one task per node, its output in a file per node."""
-        options = [f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", f"--nodelist={','.join(nodes)}", "--kill-on-bad-exit=1"]
-        options += ["--wait=60", "--export=ALL", f"--output={self.logs}/{name}-%n.log"]
-        # srun does not take over --cpus-per-task (since 22.05), and a signal to this process is not meant for it.
-        cpus = {"SRUN_CPUS_PER_TASK": os.environ["SLURM_CPUS_PER_TASK"]} if "SLURM_CPUS_PER_TASK" in os.environ else {}
-        environment = {**os.environ, **cpus, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **env}
-        return subprocess.Popen(["srun", *options, *command], env=environment, start_new_session=True)
+        options = [f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}"]
+        options += [f"--nodelist={','.join(nodes)}", "--kill-on-bad-exit=1", "--wait=60"]
+        options += ["--export=ALL", f"--output={self.logs}/{name}-%n.log"]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **env}
+        if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
+            environment["SRUN_CPUS_PER_TASK"] = cpus  # srun does not take it over (since 22.05)
+        # A session of its own: a signal to this process is not meant for srun.
+        command = ["srun", *options, *command]
+        return subprocess.Popen(command, env=environment, start_new_session=True)
 
     def _start_server(self, node: str, gpus: int) -> subprocess.Popen:
         """Start vLLM on its node, on all the node's GPUs, and return once it answers.
@@ -205,13 +232,17 @@ class Job:
         while not answers(f"http://{node}:{self.port + 1}"):
             if server.poll() is not None or time.monotonic() > deadline:
                 server.terminate()
-                self.say(f"the vLLM server on {node} did not come up; read {self.logs}/server-*.log")
+                log = f"{self.logs}/server-*.log"
+                self.say(f"the vLLM server on {node} did not come up; read {log}")
                 sys.exit(1)
             time.sleep(POLL_INTERVAL)
         return server
 
     def _watch(self, trainer: subprocess.Popen, server: subprocess.Popen | None) -> int:
-        """Wait for the trainer and return its exit code. A server that ends before it makes it save and stop."""
+        """Wait for the trainer and return its exit code.
+
+        A server that ends before it makes it save and stop.
+        """
         deadline = None
         while trainer.poll() is None:
             if server and deadline is None and server.poll() is not None:
@@ -220,21 +251,28 @@ class Job:
                 deadline = time.monotonic() + STOP_GRACE
             if deadline and time.monotonic() > deadline:
                 trainer.terminate()
-            if self.why and self._paused_step() in (None, self.step_before):
-                (self.run_dir / STOP_FILE).touch()  # again: a trainer that was just starting took it for an old one
+            if self.why and paused_step(self.run_dir) in (None, self.step_before):
+                # Again: a trainer that was just starting took it for an old one.
+                request_stop(self.run_dir)
             time.sleep(POLL_INTERVAL)
         return trainer.returncode or (1 if deadline else 0)
 
     def _requeue_or(self, code: int) -> int:
-        """Requeue a run that has paused; whatever its exit code, since launchers make a failure of a TERM."""
-        paused, state = self._paused_step(), re.search(r"JobState=(\w+)", _output("scontrol", "show", "job", "-o", self.id))
-        self.say(f"the training ended with {code}" + (f", paused after step {paused}" if paused is not None else ""))
+        """Requeue a run that has paused.
+
+        Whatever its exit code, since launchers make a failure of a TERM.
+        """
+        paused = paused_step(self.run_dir)
+        state = re.search(r"JobState=(\w+)", _output("scontrol", "show", "job", "-o", self.id))
+        where = f", paused after step {paused}" if paused is not None else ""
+        self.say(f"the training ended with {code}{where}")
         if paused is None:
             return code
         if state is None or state[1] != "RUNNING":
             return code  # cancelled by its user: a requeue would bring it back
         if paused <= self.step_before:
-            self.say(f"not requeued: no step was done since the last pause after step {self.step_before}")
+            before = f"the last pause after step {self.step_before}"
+            self.say(f"not requeued: no step was done since {before}")
             return code or 1
         if self.attempt >= MAX_REQUEUES:
             self.say(f"not requeued: {MAX_REQUEUES} times are enough; sbatch it again to go on")
@@ -244,16 +282,14 @@ class Job:
         time.sleep(60)  # SLURM ends this process
         return 0
 
-    def _paused_step(self) -> int | None:
-        try:
-            return int((self.run_dir / PAUSED_MARKER).read_text(encoding="utf-8"))
-        except OSError:
-            return None
-
     def _capture(self) -> None:
         """What this attempt ran in, without its secrets."""
-        shown = (f"{key}={'<redacted>' if SECRET.search(key) else value}" for key, value in sorted(os.environ.items()))
-        write_text(self.logs / "env.txt", "\n".join([_output("scontrol", "show", "job", self.id), *shown]) + "\n")
+        job = _output("scontrol", "show", "job", self.id)
+        shown = (
+            f"{key}={'<redacted>' if SECRET.search(key) else value}"
+            for key, value in sorted(os.environ.items())
+        )
+        write_text(self.logs / "env.txt", "\n".join([job, *shown]) + "\n")
         latest = self.logs.with_name("latest")
         latest.unlink(missing_ok=True)
         latest.symlink_to(self.logs.name)
@@ -267,7 +303,10 @@ def main(arguments: list[str]) -> int:
     """The batch process: RECIPE [--key value ...]."""
     try:
         if "SLURM_JOB_ID" not in os.environ or not arguments:
-            raise InputError("not in a SLURM job; use sbatch scripts/slurm/train.sbatch RECIPE, or mini-r1 slurm RECIPE --dry-run")
+            raise InputError(
+                "not in a SLURM job; use sbatch scripts/slurm/train.sbatch RECIPE, or "
+                "mini-r1 slurm RECIPE --dry-run"
+            )
         return Job(load_recipe(arguments[0], arguments[1:])).run()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

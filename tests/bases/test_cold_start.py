@@ -7,7 +7,7 @@ from statistics import fmean
 import pytest
 
 from mini_r1 import InputError
-from mini_r1.cold_start import (
+from mini_r1.bases.cold_start import (
     COLD_STARTS,
     _dataset,
     build_base,
@@ -20,6 +20,7 @@ from mini_r1.countdown.expression import parse
 from mini_r1.countdown.puzzles import Puzzle
 from mini_r1.data import is_heldout
 from mini_r1.model import load_model, load_tokenizer
+from mini_r1.run import MANIFEST_FILE, RECIPE_FILE
 
 TINY = COLD_STARTS["tiny_base"]
 TRY = re.compile(r"(?P<steps>[0-9+\-*/=, ]+) (?P<verdict>low|high|yes)")
@@ -35,7 +36,8 @@ def test_traces_calculate_and_judge_truly():
         for line in lines:
             match = TRY.fullmatch(line)
             value = int(match["steps"].rpartition("=")[2])
-            assert match["verdict"] == ("yes" if value == puzzle.target else "low" if value < puzzle.target else "high")
+            sign = (value > puzzle.target) - (value < puzzle.target)
+            assert match["verdict"] == {0: "yes", -1: "low", 1: "high"}[sign]
         assert parse(parsed.answer).value == value  # the answer is the last try, right or wrong
         assert sorted(parse(parsed.answer).numbers) == sorted(puzzle.nums)
 
@@ -47,14 +49,16 @@ def test_a_patient_search_finds_nearly_every_solution():
 
 
 def test_traces_show_no_held_out_puzzle():
-    assert not any(is_heldout(trace.puzzle.key, TINY.task) for trace in traces(replace(TINY, num_traces=20_000)))
+    shown = {trace.puzzle.key for trace in traces(replace(TINY, num_traces=20_000))}
+    assert not any(is_heldout(key, TINY.task) for key in shown)
 
 
 def test_impatience_is_what_the_settings_say():
     puzzle = Puzzle((2, 3, 19), 100)  # out of reach
     rng = random.Random(0)
-    tries = [search_trace(puzzle, rng, TINY, patient=False).completion.count("\n") - 2 for _ in range(2000)]
-    assert 1 / TINY.give_up * 0.95 < sum(tries) / len(tries) < 1 / TINY.give_up * 1.05
+    impatient = [search_trace(puzzle, rng, TINY, patient=False) for _ in range(2000)]
+    tries = fmean(trace.completion.count("\n") - 2 for trace in impatient)
+    assert tries == pytest.approx(1 / TINY.give_up, rel=0.05)
 
 
 def test_hopeless_searches_go_through_all_tries():
@@ -66,10 +70,10 @@ def test_hopeless_searches_go_through_all_tries():
 
 def test_the_loss_does_not_see_a_patient_search_go_on():
     tokenizer = build_tokenizer(TINY)
-    recipe = replace(TINY, num_traces=400)
-    dataset, _ = _dataset(recipe, tokenizer)
+    settings = replace(TINY, num_traces=400)
+    dataset, _ = _dataset(settings, tokenizer)
     hidden = 0
-    for trace, row in zip(traces(recipe), dataset, strict=True):
+    for trace, row in zip(traces(settings), dataset, strict=True):
         learned = [label != -100 for label in row["labels"]]
         completion = tokenizer(trace.completion + tokenizer.eos_token)["input_ids"]
         start = len(learned) - len(completion)
@@ -88,7 +92,8 @@ def test_the_same_settings_give_the_same_traces():
 
 
 TEXTS = [
-    "<|im_start|>user\nMake 34 using each of 17, 17, 19 once.<|im_end|>\n<|im_start|>assistant\n<think>",
+    "<|im_start|>user\nMake 34 using each of 17, 17, 19 once.<|im_end|>\n"
+    "<|im_start|>assistant\n<think>",
     "\n19-17=2, 17*2=34 yes\n</think>\n<answer>17*(19-17)</answer><|im_end|>",
     "Hällo ½ 1234 0005  \n\n I'm 🙂 <b>",
 ]
@@ -97,7 +102,8 @@ TEXTS = [
 @pytest.mark.parametrize("text", TEXTS)
 def test_saved_and_loaded_the_tokenizer_gives_equal_ids(tmp_path, text):
     built, shipped = build_tokenizer(TINY), load_tokenizer("tiny_base")
-    load_model("tiny_base").config.save_pretrained(tmp_path)  # model_type qwen2 is what makes AutoTokenizer rebuild it
+    # model_type qwen2 is what makes AutoTokenizer rebuild it.
+    load_model("tiny_base").config.save_pretrained(tmp_path)
     built.save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
     ids = built(text)["input_ids"]
@@ -113,11 +119,14 @@ def test_every_small_integer_is_one_token():
 
 @pytest.mark.slow
 def test_a_small_build_is_whole_and_repeatable(tmp_path):
-    small = replace(TINY, num_traces=512, hidden_size=64, intermediate_size=128, num_layers=1, num_heads=2)
+    small = replace(
+        TINY, num_traces=512, hidden_size=64, intermediate_size=128, num_layers=1, num_heads=2
+    )
     for name in ("a", "b"):
         build_base("tiny_base", tmp_path / name, small)
-    files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert {"config.json", "manifest.json", "model.safetensors", "recipe.yaml", "tokenizer.json"} <= set(files)
+    files = {path.name for path in (tmp_path / "a").iterdir()}
+    assert files >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert files >= {MANIFEST_FILE, RECIPE_FILE}
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     with pytest.raises(InputError, match="exists"):

@@ -1,0 +1,1 @@
+"""The embedded base models, and how they are made."""

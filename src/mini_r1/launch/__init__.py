@@ -1,0 +1,1 @@
+"""Recipe + machine -> who runs where: plan, memory, the vLLM server, doctor, SLURM."""

@@ -1,0 +1,425 @@
+"""Recipe + machine -> processes, devices, vLLM's place, the command, the batch, memory per GPU.
+
+    mini-r1 train RECIPE --dry-run                           # for this machine
+    mini-r1 doctor RECIPE --gpus 4 --gpu-memory 80           # for another one
+
+Who runs where follows from three rules: one training process per GPU; a vLLM server that the
+recipe leaves to us takes the last GPU; full fine-tuning on several GPUs is sharded by DeepSpeed
+ZeRO-3, LoRA and QLoRA are copied (DDP). Nothing starts here, until `launch`. Imports no ML
+library: a mistake is told in well under a second.
+"""
+
+import math
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mini_r1 import InputError
+from mini_r1.launch.memory import estimate_memory, has_16_bit_weights, peak
+from mini_r1.model import model_path
+from mini_r1.recipe import Recipe
+
+ROOT = Path(__file__).parents[3]  # of the checkout, which holds configs/ and scripts/
+LAUNCH_CONFIGS = Path("configs/accelerate_configs")
+TRAINING_SCRIPT = Path("scripts/run_r1_grpo.py")
+SERVER_HOST = "127.0.0.1"  # its development endpoints can replace the weights
+SERVER_MEMORY_UTILIZATION = 0.9  # of a GPU that the server has for itself
+ONE_GPU_RECIPE = "recipes/grpo-qwen-2.5-3b-1gpu.yaml"
+
+
+# ---- The machine ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs a run may use.
+
+    Attributes:
+        gpus: how many.
+        gpu_memory: of the smallest one, in GiB, which is what cards call GB.
+    """
+
+    gpus: int
+    gpu_memory: float = 0.0
+
+    def __str__(self) -> str:
+        if not self.gpus:
+            return "no GPU"
+        return f"{self.gpus} GPU{'s' if self.gpus > 1 else ''} of {self.gpu_memory:.0f} GiB"
+
+
+def this_machine() -> Machine:
+    """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves to us, as nvidia-smi lists them."""
+    gpus, memory = visible_gpus(), _installed_gpus()
+    largest = max(memory.values(), default=0.0)  # for a name that nvidia-smi does not list
+    return Machine(len(gpus), min((memory.get(gpu, largest) for gpu in gpus), default=0.0))
+
+
+def visible_gpus() -> list[str]:
+    """The names, as CUDA_VISIBLE_DEVICES takes them, of the GPUs this process may use."""
+    installed = list(_installed_gpus())
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or not installed:
+        return installed
+    return [name for name in chosen.split(",") if name not in ("", "-1")]
+
+
+def _installed_gpus() -> dict[str, float]:
+    """Index -> memory in GiB."""
+    query = ["nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, check=True, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    rows = [line.split(",") for line in done.stdout.splitlines() if line.strip()]
+    return {index.strip(): float(mib) / 1024 for index, mib in rows}
+
+
+# ---- The plan -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a recipe runs on a machine.
+
+    Attributes:
+        processes: training processes, one per GPU or one on the CPU.
+        launcher: the accelerate config that starts them; None for a single process.
+        server_gpu: the GPU of a vLLM server of the run's own, counted among the visible ones.
+        memory: what a training GPU must hold, in GiB by purpose; None if that is not known here.
+    """
+
+    recipe: Recipe
+    machine: Machine
+    processes: int
+    launcher: str | None
+    server_gpu: int | None
+    memory: Mapping[str, float] | None
+
+    @property
+    def command(self) -> list[str]:
+        """What `mini-r1 train` does, as a command for the current folder."""
+        script = [os.path.relpath(ROOT / TRAINING_SCRIPT), "--config", str(self.recipe.path)]
+        script += self.recipe.overrides
+        if self.launcher is None:
+            return ["python", *script]
+        config = os.path.relpath(ROOT / LAUNCH_CONFIGS / f"{self.launcher}.yaml")
+        launch = ["accelerate", "launch", "--num_processes", str(self.processes)]
+        return [*launch, "--config_file", config, *script]
+
+    def __str__(self) -> str:
+        lines = {
+            "recipe": f"{self.recipe.name}: {self.recipe.model['model_name_or_path']}",
+            "machine": str(self.machine),
+            "training": self._training(),
+            "generation": self._generation(),
+            "batch": describe_batch(self.recipe, self.processes)
+            + f": {_processes(self.processes)} x {self.recipe.get('per_device_train_batch_size')} "
+            f"per device x {self.recipe.get('gradient_accumulation_steps')} accumulated",
+            "no signal": self._no_signal(),
+            "memory": self._memory(),
+            "command": shlex.join(self.command),
+        }
+        if self.server_gpu is not None:
+            server = shlex.join(["python", *server_command(self.recipe, "PORT")])
+            lines["server"] = f"CUDA_VISIBLE_DEVICES={self.server_gpu} {server}"
+        copied_in_16_bit = has_16_bit_weights(self.recipe) and self.launcher != "deepspeed_zero3"
+        if copied_in_16_bit and not self.recipe.get("use_peft"):
+            lines["beware"] = (
+                "16-bit weights without a 32-bit copy (only ZeRO keeps one) are spaced so widely "
+                "that updates of a small learning_rate are rounded away; write dtype: float32, "
+                "computing stays in bf16"
+            )
+        return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
+
+    def _training(self) -> str:
+        if self.machine.gpus == 0 or self.recipe.get("use_cpu"):
+            devices = "the CPU"
+        else:
+            devices = "GPU 0" if self.processes == 1 else f"GPUs 0-{self.processes - 1}"
+        launched = f", launched with {self.launcher}.yaml" if self.launcher else ""
+        return f"{_processes(self.processes)} on {devices}{launched}"
+
+    def _generation(self) -> str:
+        get = self.recipe.get
+        if not get("use_vllm"):
+            return "by transformers, in the training processes"
+        if get("vllm_mode") == "colocate":
+            sleep = ", asleep while training" if get("vllm_enable_sleep_mode") else ""
+            share = f"{get('vllm_gpu_memory_utilization'):.0%} of their memory"
+            return f"by vLLM on the training GPUs, {share}{sleep}"
+        if self.server_gpu is None:
+            return f"by the vLLM server at {server_address(self.recipe)}"
+        return f"by a vLLM server on GPU {self.server_gpu}, which the run starts, watches and ends"
+
+    def _no_signal(self) -> str:
+        """The share of groups that teach nothing, if all puzzles were equally hard."""
+        group = self.recipe.get("num_generations")
+        lost = {p: p**group + (1 - p) ** group for p in (0.05, 0.25, 0.5, 0.75)}
+        shares = ", ".join(f"{share:.0%} at {p:.0%}" for p, share in lost.items())
+        return f"groups whose {group} completions all fail or all succeed: {shares} success"
+
+    def _memory(self) -> str:
+        if self.memory is None:
+            return "not estimated: the shape of this model is not known without loading it"
+        parts = ", ".join(f"{name} {gib:.1f}" for name, gib in self.memory.items() if gib >= 0.05)
+        of = f" of {self.machine.gpu_memory:.0f}" if self.machine.gpus else ""
+        needed = peak(self.memory, self.recipe)
+        return f"about {needed:.1f}{of} GiB per training process, an estimate: {parts}"
+
+
+def make_plan(recipe: Recipe, machine: Machine) -> Plan:
+    """Place a recipe on a machine.
+
+    Raises:
+        InputError: it cannot work there; the message says which change would make it work.
+    """
+    # Is there a place for vLLM?
+    on_cpu = bool(recipe.get("use_cpu")) or machine.gpus == 0
+    if recipe.get("use_vllm") and machine.gpus == 0 and not recipe.get("use_cpu"):
+        raise recipe.error(
+            "vLLM needs a GPU and this machine has none; write use_vllm: false, or take "
+            "recipes/tiny-cpu.yaml",
+            "use_vllm",
+        )
+    managed = owns_server(recipe)
+    if managed and not on_cpu and machine.gpus < 2:
+        raise recipe.error(
+            "server needs a GPU of its own beside the training, and this machine has 1; write "
+            "vllm_mode: colocate (and vllm_enable_sleep_mode: true), or take " + ONE_GPU_RECIPE,
+            "vllm_mode",
+        )
+    # The rest of the GPUs trains. Can they share the batch, and hold what they must?
+    processes = 1 if on_cpu else machine.gpus - managed
+    check_batch(recipe, processes)
+    memory = estimate_memory(recipe, processes, machine.gpu_memory)
+    if memory is not None and not on_cpu and peak(memory, recipe) > machine.gpu_memory:
+        raise recipe.error(
+            f"{recipe.model['model_name_or_path']} needs about {peak(memory, recipe):.0f} GiB on "
+            f"each GPU and this machine has {machine.gpu_memory:.0f}; "
+            + _what_would_fit(recipe, machine, processes),
+            "model_name_or_path",
+        )
+    return Plan(
+        recipe=recipe,
+        machine=machine,
+        processes=processes,
+        launcher=launcher_for(recipe, processes),
+        server_gpu=machine.gpus - 1 if managed and not on_cpu else None,
+        memory=memory,
+    )
+
+
+def _processes(number: int) -> str:
+    return f"{number} process{'es' if number > 1 else ''}"
+
+
+def launcher_for(recipe: Recipe, processes: int) -> str | None:
+    """The accelerate config that starts so many processes; None for one, which needs none."""
+    if processes == 1:
+        return None
+    if recipe.get("use_cpu"):
+        return "cpu"
+    return "ddp" if recipe.get("use_peft") else "deepspeed_zero3"
+
+
+def check_processes(recipe: Recipe, processes: int) -> None:
+    """What `accelerate launch --num_processes` was told, against this machine and the recipe.
+
+    Called by every process.
+
+    Raises:
+        InputError: no GPU is left for the vLLM server, or the batch cannot be shared out.
+    """
+    gpus = len(visible_gpus())
+    if owns_server(recipe) and not recipe.get("use_cpu") and processes >= gpus:
+        raise InputError(
+            f"{processes} training processes on {gpus} GPUs leave none for the vLLM server; write "
+            f"--num_processes {max(gpus - 1, 1)}, or give the address of a server as "
+            "vllm_server_base_url",
+            where="--num_processes",
+        )
+    check_batch(recipe, processes)
+
+
+# ---- The vLLM server ------------------------------------------------------------------------
+
+
+def owns_server(recipe: Recipe) -> bool:
+    """Whether the run starts a vLLM server of its own: server mode, and no address given."""
+    by_server = bool(recipe.get("use_vllm")) and recipe.get("vllm_mode") == "server"
+    return by_server and server_address(recipe) is None
+
+
+def server_address(recipe: Recipe) -> str | None:
+    """The address of somebody else's vLLM server, if the recipe names one."""
+    if recipe.get("vllm_server_base_url"):
+        return recipe.get("vllm_server_base_url")
+    host = recipe.training.get("vllm_server_host")  # the library's default is no choice
+    return f"http://{host}:{recipe.get('vllm_server_port')}" if host else None
+
+
+def server_command(
+    recipe: Recipe, port: int | str, host: str = SERVER_HOST, replicas: int = 1
+) -> list[str]:
+    """The vLLM server that a recipe needs, as arguments of a Python interpreter.
+
+    It is the module that `vllm serve` runs; the command itself is missing from the CPU builds.
+
+    Args:
+        replicas: GPUs, each with the whole model.
+    """
+    completion = recipe.get("max_completion_length")
+    utilization = recipe.training.get("vllm_gpu_memory_utilization", SERVER_MEMORY_UTILIZATION)
+    options = {
+        "model": model_path(recipe.model["model_name_or_path"]),
+        "revision": recipe.model.get("model_revision"),
+        "host": host,
+        "port": port,
+        "max-model-len": recipe.get("vllm_max_model_length")
+        or recipe.task.max_prompt_length + completion,
+        "dtype": recipe.get("dtype"),
+        "gpu-memory-utilization": utilization,
+        "seed": recipe.get("seed"),
+        "data-parallel-size": replicas if replicas > 1 else None,
+        # What TRL needs: weights over NCCL, log-probabilities of the sampled distribution.
+        "weight-transfer-config": '{"backend": "nccl"}',
+        "logprobs-mode": "processed_logprobs",
+        "max-logprobs": -1,
+    }
+    command = ["-m", "vllm.entrypoints.openai.api_server"]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)] if value is not None else []
+    return [*command, "--disable-uvicorn-access-log"]
+
+
+# ---- The batch ------------------------------------------------------------------------------
+
+
+def completions_per_step(recipe: Recipe, processes: int) -> int:
+    """Completions that one optimizer step learns from.
+
+    `per_device_train_batch_size` counts completions, not prompts.
+    """
+    micro = processes * recipe.get("per_device_train_batch_size")
+    return micro * recipe.get("gradient_accumulation_steps")
+
+
+def describe_batch(recipe: Recipe, processes: int) -> str:
+    """The batch of an optimizer step in words."""
+    completions = completions_per_step(recipe, processes)
+    group = recipe.get("num_generations")
+    prompts = f"{completions / group:g} prompts x {group}"
+    return f"{completions} completions per optimizer step, {prompts}"
+
+
+def check_batch(recipe: Recipe, processes: int) -> None:
+    """Whether the batch can be cut as GRPO wants it, and a checkpoint be continued exactly.
+
+    Raises:
+        InputError: with the value to write instead.
+    """
+    get = recipe.get
+    group, per_device = get("num_generations"), get("per_device_train_batch_size")
+    micro = processes * per_device
+    if group < 2:
+        raise recipe.error(
+            f"{group}; GRPO compares completions of one prompt, so write at least 2",
+            "num_generations",
+        )
+
+    # What is sampled at a time must make whole micro-batches and whole groups.
+    if get("generation_batch_size") and get("steps_per_generation"):
+        raise recipe.error(
+            "give either this or steps_per_generation, not both", "generation_batch_size"
+        )
+    micro_batches = get("steps_per_generation") or get("gradient_accumulation_steps")
+    sampled = get("generation_batch_size") or micro * micro_batches
+    if sampled % micro:
+        raise recipe.error(
+            f"{sampled} is no multiple of the {micro} completions of a micro-batch "
+            f"(per_device_train_batch_size x {processes} processes); "
+            f"write {math.ceil(sampled / micro) * micro}",
+            "generation_batch_size",
+        )
+    if sampled % group:
+        in_all = sampled // per_device  # micro-batches, of all processes
+        fitting = next(n for n in range(per_device, 10**9) if in_all * n % group == 0)
+        raise recipe.error(
+            f"{sampled} completions are sampled at a time, which cannot be cut into groups of "
+            f"num_generations: {group}; it counts completions, not prompts: write {fitting}",
+            "per_device_train_batch_size",
+        )
+
+    # There must be enough puzzles for it.
+    share, wanted = 1 - recipe.task.test_share, sampled // group
+    prompts = int(recipe.task.num_puzzles * share)
+    if recipe.task.dataset_id_or_path == "generated" and prompts < wanted:
+        raise recipe.error(
+            f"about {prompts} prompts to train on, but {wanted} are sampled at a time; "
+            f"write at least {math.ceil(wanted / share * 1.2)}",
+            "num_puzzles",
+        )
+
+    # A checkpoint holds no completions: one amid the steps that share a batch of them could not
+    # be continued exactly.
+    window = sampled // micro * get("num_iterations") / get("gradient_accumulation_steps")
+    save_steps, saves = get("save_steps"), get("save_strategy") != "no"
+    if saves and window > 1 and isinstance(save_steps, int) and save_steps % window:
+        fitting = next(steps for steps in range(save_steps, 10**9) if steps % window == 0)
+        raise recipe.error(
+            f"{save_steps} is no multiple of the {window:g} optimizer steps that share one "
+            "generation (steps_per_generation x num_iterations / gradient_accumulation_steps); "
+            f"write {fitting}",
+            "save_steps",
+        )
+
+
+def _what_would_fit(recipe: Recipe, machine: Machine, processes: int) -> str:
+    """The first changes, each added to the ones before, that make a recipe fit."""
+    get = recipe.get
+    batch, accumulated = get("per_device_train_batch_size"), get("gradient_accumulation_steps")
+    steps: list[dict[str, Any]] = [{"gradient_checkpointing": True}]
+    if get("use_vllm") and get("vllm_mode") == "colocate":
+        steps.append({"vllm_enable_sleep_mode": True})
+    while batch % 2 == 0:
+        batch, accumulated = batch // 2, accumulated * 2
+        batches = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        steps.append(dict(zip(batches, (batch, accumulated), strict=True)))
+    steps += [{"use_peft": True, "dtype": "bfloat16"}, {"load_in_4bit": True}]
+
+    changes: dict[str, Any] = {}
+    for step in steps:
+        changes |= {key: value for key, value in step.items() if get(key) != value}
+        of_model = ("dtype", "use_peft", "load_in_4bit")
+        model = {key: value for key, value in changes.items() if key in of_model}
+        training = {key: value for key, value in changes.items() if key not in of_model}
+        changed = replace(recipe, model=recipe.model | model, training=recipe.training | training)
+        memory = estimate_memory(changed, processes, machine.gpu_memory)
+        if memory is not None and peak(memory, changed) <= machine.gpu_memory:
+            return "write " + ", ".join(f"{key}: {str(v).lower()}" for key, v in changes.items())
+    return "take larger GPUs or a smaller model"
+
+
+# ---- The launch -----------------------------------------------------------------------------
+
+
+def launch(plan: Plan) -> None:
+    """Replace this process by `accelerate launch`: signals and exit code are the launcher's.
+
+    Raises:
+        InputError: this is no checkout, so there are no launch configs.
+    """
+    if not (ROOT / LAUNCH_CONFIGS).is_dir():
+        raise InputError(
+            f"several GPUs need {LAUNCH_CONFIGS}: run from a clone of the repository, "
+            "installed with 'make setup'"
+        )
+    print(shlex.join(plan.command), flush=True)
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+    os.execv(sys.executable, [*accelerate, *plan.command[1:]])

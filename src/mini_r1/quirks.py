@@ -1,0 +1,98 @@
+"""What we do behind a library's back, one function each: why, since which version, until when.
+
+Nothing else in the package touches a private name of a library. For every function
+tests/test_quirks.py has a test that fails once the library no longer needs it: then the function
+goes. Imports are late, since most of these libraries are slow to import.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.tensorboard import SummaryWriter
+    from trl import GRPOConfig, GRPOTrainer
+
+
+def quiet_cpu_imports() -> None:
+    """Keep two libraries from complaining at import that they find no GPU and no hub kernels.
+
+    DeepSpeed 0.19.8 probes for accelerators and warns, unless DS_ACCELERATOR says cpu;
+    bitsandbytes 0.50.2 warns that its CPU kernels are not in the cache.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def unnumber_cpu(args: "GRPOConfig") -> None:
+    """Name the CPU of a process plainly.
+
+    accelerate 1.15 numbers the CPUs of several processes ("cpu:1"), and torch 2.13's torch.load,
+    which restores the random state on resuming, knows no such device.
+    """
+    import torch
+
+    if args.device.type == "cpu":
+        args._setup_devices = torch.device("cpu")
+
+
+def keep_4bit_trainable(model: "nn.Module | None") -> None:
+    """Keep 4-bit weights in the layout that can be trained.
+
+    bitsandbytes 0.50 packs them anew at their first evaluation on CPUs with AVX512-BF16, and its
+    backward pass cannot read that layout.
+    """
+    for module in model.modules() if model is not None else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+
+
+def end_colocated_vllm(trainer: "GRPOTrainer") -> None:
+    """End the engine that TRL 1.16 holds.
+
+    vLLM 0.31 ends it at exit, when the process group that it uses is gone, with a traceback.
+    """
+    generation = getattr(trainer, "vllm_generation", None)
+    if generation is not None and generation.mode == "colocate":
+        generation.llm.llm_engine.engine_core.shutdown()
+
+
+def hub_commit(model: "nn.Module | None") -> str | None:
+    """The commit of the hub that a model was loaded from; transformers 5.17 keeps it privately."""
+    return getattr(getattr(model, "config", None), "_commit_hash", None)
+
+
+def add_hparams(writer: "SummaryWriter", values: dict[str, Any], metrics: dict[str, float]) -> None:
+    """Add hyper-parameters to the event file that is open.
+
+    SummaryWriter.add_hparams of torch 2.13 opens one of its own in a folder below, and TensorBoard
+    then shows a second run.
+    """
+    from torch.utils.tensorboard.summary import hparams
+
+    for summary in hparams(values, metrics):
+        writer._get_file_writer().add_summary(summary, 0)
+
+
+def log_plainly(trainer: "GRPOTrainer", logs: dict[str, float]) -> None:
+    """Log without what the training has noted since its last line.
+
+    TRL 1.16's GRPOTrainer.log adds those means to whatever is logged and forgets them.
+    """
+    from transformers import Trainer
+
+    Trainer.log(trainer, logs)
+
+
+def stream_handlers() -> Iterator[logging.StreamHandler]:
+    """The handlers of all loggers that write to a stream.
+
+    logging has logging.getHandlerNames() since Python 3.12, but handlers without a name, which
+    the libraries use, are found through their loggers only.
+    """
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    for logger in loggers:
+        if isinstance(logger, logging.Logger):
+            yield from (h for h in logger.handlers if isinstance(h, logging.StreamHandler))

@@ -1,0 +1,127 @@
+"""Each quirk is still needed: a test here that fails says that its function can go."""
+
+import inspect
+import logging
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from datasets import Dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from mini_r1 import quirks
+from mini_r1.model import load_tokenizer
+from mini_r1.rewards import equation_reward
+
+ROOT = Path(__file__).parents[1]
+FUNCTIONS = [each for _, each in inspect.getmembers(quirks, inspect.isfunction)]
+ALL_LIBRARIES = re.compile(
+    r"(accelerate|bitsandbytes|DeepSpeed|torch|transformers|TRL|vLLM) (\d+\.\d+(?:\.\d+)?)"
+)
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=600,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+        )
+    )
+    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    data = Dataset.from_list([{"prompt": "x"}])
+    tokenizer = load_tokenizer("tiny_base")
+    return GRPOTrainer(model, equation_reward, args, train_dataset=data, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda each: each.__name__)
+def test_it_was_looked_at_with_the_versions_of_today(function):
+    """With a newer version: look whether the library still needs it, then write the new version."""
+    pinned = dict(re.findall(r"^(\S+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M))
+    for library, version in ALL_LIBRARIES.findall(inspect.getdoc(function)):
+        assert f"{pinned[library.lower()]}.".startswith(f"{version}."), library
+
+
+def test_every_quirk_has_a_test_here():
+    tests = Path(__file__).read_text(encoding="utf-8")
+    tests += (ROOT / "tests" / "integration" / "vllm_on_cpu.py").read_text(encoding="utf-8")
+    assert [each.__name__ for each in FUNCTIONS if f"quirks.{each.__name__}" not in tests] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["deepspeed", "bitsandbytes"])
+def test_the_libraries_complain_at_import_unless_quieted(library, monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    for before, quiet in (("", False), ("quirks.quiet_cpu_imports(); ", True)):
+        code = f"from mini_r1 import quirks; {before}import {library}"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        complaints = re.findall("Setting accelerator to CPU|Failed to load CPU", str(done))
+        assert (complaints == []) is quiet
+
+
+def test_a_numbered_cpu_cannot_be_loaded_to(tmp_path):
+    torch.save(torch.zeros(1), tmp_path / "tensor")
+    with pytest.raises(RuntimeError, match="don't know how to restore"):
+        torch.load(tmp_path / "tensor", map_location=torch.device("cpu:1"))
+    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    args._setup_devices = torch.device("cpu:1")  # as accelerate says in the second process
+    quirks.unnumber_cpu(args)
+    assert args.device == torch.device("cpu")
+
+
+def test_4_bit_layers_still_choose_a_layout_for_evaluation():
+    layer = Linear4bit(8, 8)
+    assert hasattr(layer, "support_avx512bf16_for_cpu")
+    layer.support_avx512bf16_for_cpu = True
+    quirks.keep_4bit_trainable(torch.nn.Sequential(layer))
+    assert layer.support_avx512bf16_for_cpu is False
+
+
+def test_the_commit_of_a_hub_model_has_no_public_name():
+    config = Qwen2Config()
+    config._commit_hash = "abc"
+    model = torch.nn.Module()
+    model.config = config
+    assert quirks.hub_commit(model) == "abc"
+    assert "commit_hash" not in dir(config)
+
+
+def test_hyper_parameters_open_a_second_run_unless_added_by_hand(tmp_path):
+    for name, add in (("by hand", quirks.add_hparams), ("theirs", SummaryWriter.add_hparams)):
+        with SummaryWriter(str(tmp_path / name)) as writer:
+            add(writer, {"beta": 0.1}, {"eval/success": 0.5})
+        files = list((tmp_path / name).rglob("events*"))
+        assert len(files) == (1 if name == "by hand" else 2)
+    events = EventAccumulator(str(tmp_path / "by hand")).Reload()
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_trl_sends_its_running_means_along_with_whatever_is_logged(trainer):
+    for log, forgets in ((partial(quirks.log_plainly, trainer), False), (trainer.log, True)):
+        trainer._metrics["train"]["reward"] = [1.0, 0.0]
+        log({"eval_success": 0.5})
+        assert ("reward" in trainer.state.log_history[-1]) is forgets
+        assert (trainer._metrics["train"] == {}) is forgets
+
+
+def test_handlers_without_a_name_are_found_through_their_loggers_only():
+    handler = logging.StreamHandler()
+    logging.getLogger("a library").addHandler(handler)
+    try:
+        assert handler in list(quirks.stream_handlers())
+        assert handler.get_name() is None  # so that logging.getHandlerByName cannot find it
+    finally:
+        logging.getLogger("a library").removeHandler(handler)

@@ -23,8 +23,9 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from mini_r1.launch.memory import QWEN, Shape
 from mini_r1.manifest import hardware, versions
+from mini_r1.metrics import METRICS
 from mini_r1.model import model_path
-from mini_r1.run import STATE_FILE, load_summary, write_json
+from mini_r1.run import load_run, load_summary, write_json
 
 ROOT = Path(__file__).parents[1]
 STEPS = 4  # the first one warms up and does not count
@@ -125,15 +126,13 @@ def measure(recipe: Path, changes: dict, run_dir: Path) -> dict:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-5:]}
-    summary = load_summary(run_dir)
-    state = json.loads((run_dir / STATE_FILE).read_text(encoding="utf-8"))
-    steps = [entry for entry in state["log_history"] if "step_time" in entry]
-    length = "completions/mean_length"
+    seconds, length = METRICS["step_time"].key, METRICS["tokens"].key
+    steps = [entry for entry in load_run(run_dir).history if seconds in entry]
     tokens = fmean(entry[length] for entry in steps if length in entry)
     return {
-        "seconds_per_step": round(fmean(entry["step_time"] for entry in steps[1:]), 3),
+        "seconds_per_step": round(fmean(entry[seconds] for entry in steps[1:]), 3),
         "mean_completion_tokens": round(tokens, 1),
-        "peak_gpu_memory_gib": summary.get("peak_gpu_memory_gib"),
+        "peak_gpu_memory_gib": load_summary(run_dir).get("peak_gpu_memory_gib"),
     }
 
 

@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -218,7 +218,7 @@ def run_weights(run_dir: Path) -> Path:
         return run_dir
     checkpoint = last_complete_checkpoint(run_dir)
     if checkpoint is None:
-        raise InputError(f"{run_dir}: this run has no model and no complete checkpoint yet")
+        raise InputError("this run has no model and no complete checkpoint yet", where=run_dir)
     return checkpoint
 
 
@@ -347,10 +347,7 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: the folder is no run.
     """
-    try:
-        return _yaml(folder / RECIPE_FILE)
-    except OSError:
-        raise InputError(f"{folder}: no run; want a folder such as runs/tiny-cpu") from None
+    return _of_run(folder, RECIPE_FILE, _yaml)
 
 
 def load_run(folder: Path) -> Run:
@@ -360,10 +357,7 @@ def load_run(folder: Path) -> Run:
         InputError: it is no run, or has recorded nothing yet.
     """
     recipe = recipe_of(folder)
-    try:
-        manifest = _json(folder / MANIFEST_FILE)
-    except OSError:
-        raise InputError(f"{folder}: no run; want a folder such as runs/tiny-cpu") from None
+    manifest = _of_run(folder, MANIFEST_FILE, _json)
     states = [folder / STATE_FILE, *(path / STATE_FILE for path in checkpoints(folder))]
     state = next((path for path in states if path.exists()), None)
     history = _json(state)["log_history"] if state else []
@@ -372,7 +366,9 @@ def load_run(folder: Path) -> Run:
         content = _json(path)
         evaluations.append((content.get("step", 0), path.stem, content))
     if not evaluations:
-        raise InputError(f"{folder}: nothing recorded yet; the first evaluation is still under way")
+        raise InputError(
+            "nothing recorded yet; the first evaluation is still under way", where=folder
+        )
     evaluations.sort(key=lambda entry: (entry[0], entry[1] == AFTER))
     samples = read_samples(folder / SAMPLES_FOLDER / ALL_FILE)
     return Run(folder, recipe, manifest, history, evaluations, samples)
@@ -410,6 +406,14 @@ def weights_and_task(name: str, recipe_path: str | None = None) -> tuple[str, Ta
         return weights, TaskConfig(), default_of("max_completion_length")
     recipe = load_recipe(recipe_path)
     return weights, recipe.task, recipe.get("max_completion_length")
+
+
+def _of_run(folder: Path, name: str, read: Callable[[Path], Any]) -> Any:
+    """A file that every run has from its start."""
+    try:
+        return read(folder / name)
+    except OSError:
+        raise InputError("no run; want a folder such as runs/tiny-cpu", where=folder) from None
 
 
 def _yaml(path: Path) -> dict[str, Any]:

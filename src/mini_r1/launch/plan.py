@@ -22,9 +22,8 @@ from typing import Any
 from mini_r1 import InputError
 from mini_r1.launch.memory import estimate_memory, has_16_bit_weights, peak
 from mini_r1.model import model_path
-from mini_r1.recipe import Recipe
+from mini_r1.recipe import ROOT, Recipe
 
-ROOT = Path(__file__).parents[3]  # of the checkout, which holds configs/ and scripts/
 LAUNCH_CONFIGS = Path("configs/accelerate_configs")
 TRAINING_SCRIPT = Path("scripts/run_r1_grpo.py")
 SERVER_HOST = "127.0.0.1"  # its development endpoints can replace the weights

@@ -15,15 +15,14 @@ from statistics import fmean
 import nbformat
 import pytest
 
-from mini_r1 import recipe
 from mini_r1.bases.cold_start import COLD_STARTS, _tries
+from mini_r1.catalog import recipe_table
 from mini_r1.cli import _parser
 from mini_r1.countdown.solver import difficulty
 from mini_r1.data import load_split
-from mini_r1.launch.doctor import TRACKERS
 from mini_r1.metrics import LOGP_DIFFERENCE, METRICS
 from mini_r1.prompts import PROMPT_TEMPLATES
-from mini_r1.recipe import load_recipe, recipe_table
+from mini_r1.recipe import all_keys, load_recipe
 from mini_r1.report.page import ORIGINAL_MILESTONES
 from mini_r1.report.results import SMOOTHING
 from mini_r1.rewards import REWARDS
@@ -185,11 +184,11 @@ def test_the_metrics_are_called_as_trl_calls_them():
             assert f'"{name}"' in source, name
 
 
-KEYS = recipe._TRAINING_CLASSES + recipe._MODEL_CLASSES + recipe._TASK_CLASSES
+KEYS = {name: key for part in all_keys().values() for name, key in part.items()}
 NAMES_OF_OURS = {
-    *(recipe._fields_of(KEYS) | REWARDS | PROMPT_TEMPLATES | COLD_STARTS),
+    *(KEYS | REWARDS | PROMPT_TEMPLATES | COLD_STARTS),
     *LOGGED,
-    *TRACKERS,
+    *KEYS["report_to"].choices,
     *re.findall(r"^    (\w+)", _parser().format_help(), re.MULTILINE),  # commands
     "generated",
 }

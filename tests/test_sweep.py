@@ -91,6 +91,6 @@ def test_a_record_keeps_what_was_sampled_step_by_step(tmp_path):
 @pytest.mark.slow
 def test_a_failed_run_is_named_with_its_log(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sweep = load_sweep(write_sweep(tmp_path, tables={"Loss": [{"loss_type": "nonsense"}]}))
+    sweep = load_sweep(write_sweep(tmp_path, tables={"Data": [{"dataset_id_or_path": "no.csv"}]}))
     with pytest.raises(InputError, match=r"1 of 1 runs failed; read .*seed-1\.log"):
         run_sweep(sweep, jobs=1)

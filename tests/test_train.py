@@ -57,8 +57,6 @@ def test_rewards_and_their_weights_reach_the_trainer(tmp_path):
     [
         (["--load_in_8bit", "--load_in_4bit"], "8"),
         (["--num_generations", "5"], "divisible"),
-        (["--push_to_hub"], "no hub token here"),
-        (["--eval_strategy", "epoch"], "write 'no', or 'steps'"),
         (["--model_name_or_path", "no/such-model"], "cannot be loaded"),
         (
             ["--num_generations", "2", "--per_device_train_batch_size", "64"],

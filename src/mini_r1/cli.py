@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -184,10 +184,42 @@ def report(args: argparse.Namespace) -> None:
 
 
 def recipes(args: argparse.Namespace) -> None:
-    from mini_r1.launch.plan import ROOT
-    from mini_r1.recipe import recipe_table
+    from mini_r1.catalog import CARD, key_rows, markdown_table, recipe_cards, recipe_table
+    from mini_r1.recipe import RECIPES
 
-    print(recipe_table(ROOT / "recipes"))
+    if args.keys is not None:
+        columns = ("key", "type = default: what it is")
+        tables = [(f"{owner} keys", columns, rows) for owner, rows in key_rows(args.keys).items()]
+    else:
+        tables = [("recipes", ("recipe", *CARD), recipe_cards(RECIPES))]
+    try:
+        if sys.stdout.isatty():
+            for table in tables:
+                _show_table(*table)
+        elif args.keys is None:
+            print(recipe_table(RECIPES))
+        else:
+            for title, columns, rows in tables:
+                print(f"## {title}\n\n{markdown_table(columns, rows)}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # `mini-r1 recipes --keys | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table that fits the terminal; the names stay whole, to be copied."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(column, no_wrap=number == 0 and console.width >= 80, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(f"\n{title}\n", style="bold")
+    console.print(table)
 
 
 def solve(args: argparse.Namespace) -> None:
@@ -309,11 +341,18 @@ def _parser() -> argparse.ArgumentParser:
         help="a published curve to lay under the charts; columns step, success, tokens, ...",
     )
 
-    _command(
+    command = _command(
         commands,
         "recipes",
         recipes,
         "every recipe: hardware, time, expected result, measured or not",
+    )
+    command.add_argument(
+        "--keys",
+        nargs="?",
+        const="",
+        metavar="PATTERN",
+        help="instead: every key that a recipe may have, or those with PATTERN in their name",
     )
 
     command = _command(commands, "slurm", slurm, "train a recipe on a SLURM cluster")

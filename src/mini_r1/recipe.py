@@ -1,35 +1,43 @@
-"""What a recipe may say; loading, checking, defaults, explaining mistakes.
+"""What a recipe may say; finding, loading, checking, defaults, explaining mistakes.
 
 A recipe is one flat YAML file. Its keys are the fields of `TaskConfig` below and of TRL's
-`ModelConfig` and `GRPOConfig`. The latter two are read from the installed source files with `ast`,
-types and defaults alike, not imported: importing GRPOConfig takes 4.5 s, and a typo must be told
-in well under one.
+`ModelConfig` and `GRPOConfig`. How it is written is in syntax.py, what one key may be in keys.py,
+what several may not be together in conflicts.py. No ML library is imported: a typo must be told in
+well under a second.
 """
 
-import ast
 import difflib
-import importlib.util
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mini_r1 import InputError, one_line
+from mini_r1 import InputError
+from mini_r1.conflicts import conflicts
 from mini_r1.countdown.puzzles import PuzzleSpace, PuzzleSpaceError
+from mini_r1.keys import (
+    MODEL_CLASSES,
+    TRAINING_CLASSES,
+    Key,
+    check_choice,
+    check_number,
+    keys_of,
+    shortened,
+)
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.rewards import get_reward_functions
+from mini_r1.syntax import node_of, parse_overrides, read_yaml, reason
 
-# Where the keys are defined: (package, file, class), subclasses last so that theirs win.
-_TRAINING_CLASSES = (
-    ("transformers", "training_args.py", "TrainingArguments"),
-    ("trl", "trainer/base_config.py", "_BaseConfig"),
-    ("trl", "trainer/grpo_config.py", "GRPOConfig"),
-)
-_MODEL_CLASSES = (("trl", "trainer/model_config.py", "ModelConfig"),)
-_TASK_CLASSES = (("mini_r1", "recipe.py", "TaskConfig"),)
+_PACKAGE = Path(__file__).parent
+# What lies beside the package in a checkout, recipes/, configs/ and scripts/, is inside of it once
+# it is installed: see pyproject.toml.
+ROOT = _PACKAGE.parents[1] if _PACKAGE.parent.name == "src" else _PACKAGE
+RECIPES = ROOT / "recipes"
 
 # What every run wants unless its recipe says otherwise.
 TRAINING_DEFAULTS = {
@@ -40,19 +48,51 @@ TRAINING_DEFAULTS = {
     "save_total_limit": 2,
 }
 
-# Keys of TRL 0.14 and transformers 4.48, the tutorial's, and what to write instead.
+# Keys that are gone, the tutorial's (TRL 0.14, transformers 4.48) and later ones, and what to do.
+_NOW_ALWAYS = "leave it out: it is always so"
+_NOW_NEVER = "leave it out: no longer supported"
 OLD_KEYS = {
-    "torch_dtype": "dtype",
-    "warmup_ratio": "warmup_steps: a number below 1 is a share of all steps",
+    "torch_dtype": "write dtype",
+    "warmup_ratio": "write warmup_steps: a number below 1 is a share of all steps",
     "vllm_device": "leave it out: with vllm_mode: server the run starts vLLM on the last GPU",
-    "vllm_max_model_len": "vllm_max_model_length",
+    "vllm_max_model_len": "write vllm_max_model_length",
     "vllm_dtype": "leave it out: vLLM uses the model's dtype",
-    "dataset_splits": "dataset_split",
+    "vllm_guided_decoding_regex": "write vllm_structured_outputs_regex",
+    "vllm_enable_prefix_caching": _NOW_ALWAYS,
+    "use_liger_loss": "leave it out: the loss never holds all logits at once",
+    "wandb_log_unique_prompts": "write log_unique_prompts",
+    "dataset_name": "write dataset_id_or_path",
+    "dataset_splits": "write dataset_split",
+    "dataset_train_split": "write dataset_split",
+    "dataset_streaming": _NOW_NEVER,
     "tokenizer_name_or_path": "leave it out: the tokenizer comes with the model",
-    "use_liger_kernel": "model_init_kwargs: {use_kernels: true}",
+    "gradient_checkpointing_use_reentrant": (
+        "write gradient_checkpointing_kwargs: {use_reentrant: false}"
+    ),
     "logging_dir": "leave it out: TensorBoard files are in the run folder",
     "overwrite_output_dir": "leave it out: choose another output_dir, or remove the folder",
-    "evaluation_strategy": "eval_strategy",
+    "evaluation_strategy": "write eval_strategy",
+    "no_cuda": "write use_cpu",
+    "adafactor": "write optim: adafactor",
+    "group_by_length": "leave it out: GRPO draws a prompt's completions together",
+    "per_gpu_train_batch_size": "write per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "write per_device_eval_batch_size",
+    "push_to_hub_model_id": "write hub_model_id",
+    "push_to_hub_organization": "write hub_model_id: organization/name",
+    "push_to_hub_token": "write hub_token",
+    "torchdynamo": "write torch_compile_backend",
+    "dispatch_batches": "write accelerator_config: {dispatch_batches: ...}",
+    "split_batches": "write accelerator_config: {split_batches: ...}",
+    "fsdp_min_num_params": "write fsdp_config: {min_num_params: ...}",
+    "fsdp_transformer_layer_cls_to_wrap": "write fsdp_config: {transformer_layer_cls_to_wrap: ...}",
+    "include_inputs_for_metrics": "write include_for_metrics: [inputs]",
+    "include_tokens_per_second": "leave it out: num_tokens is logged",
+    "tpu_metrics_debug": "write debug: tpu_metrics_debug",
+    "save_safetensors": _NOW_ALWAYS,
+    **dict.fromkeys(("fp16_backend", "half_precision_backend", "use_mps_device"), _NOW_ALWAYS),
+    **dict.fromkeys(("fp16_opt_level", "use_ipex", "jit_mode_eval", "past_index"), _NOW_NEVER),
+    **dict.fromkeys(("mp_parameters", "ray_scope", "tpu_num_cores"), _NOW_NEVER),
+    "use_legacy_prediction_loop": _NOW_NEVER,
 }
 
 
@@ -96,7 +136,8 @@ class TaskConfig:
         default=0.1, metadata={"help": "share of the puzzles that is held out"}
     )
     prompt_template: str = field(
-        default="mini-r1-exact", metadata={"help": f"one of {', '.join(PROMPT_TEMPLATES)}"}
+        default="mini-r1-exact",
+        metadata={"help": "how a puzzle is put to the model", "choices": tuple(PROMPT_TEMPLATES)},
     )
     max_prompt_length: int = field(
         default=256, metadata={"help": "longer prompts (tokens) are dropped and counted"}
@@ -116,31 +157,26 @@ class TaskConfig:
     )
 
     def __post_init__(self):
-        for name in ("num_puzzles", "max_prompt_length", "num_eval_puzzles", "num_eval_samples"):
-            if getattr(self, name) < 1:
-                raise InputError(f"want at least 1, got {getattr(self, name)}", key=name)
-        if not 0 < self.test_share < 1:
-            raise InputError(
-                f"want a share between 0 and 1, got {self.test_share}", key="test_share"
-            )
-        if self.eval_temperature <= 0:
-            raise InputError(
-                f"want more than 0, got {self.eval_temperature}", key="eval_temperature"
-            )
-        if self.prompt_template not in PROMPT_TEMPLATES:
-            raise InputError(
-                f"no '{self.prompt_template}'; choose from {', '.join(PROMPT_TEMPLATES)}",
-                key="prompt_template",
-            )
+        for name, value in vars(self).items():
+            for item in value if isinstance(value, tuple) else [value]:
+                if isinstance(item, int | float):
+                    self._check(name, check_number, item)
+        self._check("prompt_template", check_choice, self.prompt_template, PROMPT_TEMPLATES)
         if not self.reward_funcs:
             raise InputError("name at least one reward", key="reward_funcs")
-        self._check_space()
-
-    def _check_space(self) -> None:
         try:
-            _ = self.space
+            space = self.space
+            if self.dataset_id_or_path == "generated":
+                space.check_size(self.num_puzzles)
         except PuzzleSpaceError as error:
             raise InputError(str(error), key=error.name) from error
+
+    @staticmethod
+    def _check(name: str, check: Callable[..., None], *value: Any) -> None:
+        try:
+            check(name, *value)
+        except ValueError as error:
+            raise InputError(str(error), key=name) from None
 
     @property
     def space(self) -> PuzzleSpace:
@@ -189,14 +225,14 @@ class Recipe:
         return InputError(error.problem, key=error.key, where=where)
 
     def get(self, key: str) -> Any:
-        """The value of a model's or training's key: the recipe's, else ours, else the library's.
+        """The value of a key: the recipe's, else ours, else the library's.
 
         None stands for a default that the library works out when it runs.
 
         Raises:
             KeyError: no such key.
         """
-        given = {**self.model, **self.training}
+        given = {**self.model, **vars(self.task), **self.training}
         return given[key] if key in given else default_of(key)
 
     @property
@@ -219,302 +255,163 @@ def default_of(key: str) -> Any:
     """
     if key in TRAINING_DEFAULTS:
         return TRAINING_DEFAULTS[key]
-    return {**_fields_of(_MODEL_CLASSES), **_fields_of(_TRAINING_CLASSES)}[key].default
+    known = all_keys()
+    return {**known["model"], **known["training"]}[key].default
+
+
+@cache
+def all_keys() -> dict[str, dict[str, Key]]:
+    """Every key that a recipe may have, by whose it is: the task's, the model's, the training's."""
+    task = {}
+    for each in fields(TaskConfig):
+        spelled = each.type.__name__ if isinstance(each.type, type) else str(each.type)
+        default = getattr(TaskConfig(), each.name)
+        about = each.metadata
+        task[each.name] = Key(
+            each.name, spelled, default, about.get("help", ""), about.get("choices", ())
+        )
+    return {"task": task, "model": keys_of(MODEL_CLASSES), "training": keys_of(TRAINING_CLASSES)}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply overrides (`--key value ...`), check everything that needs no machine.
 
+    Args:
+        path: or the name of a recipe, as `find_recipe` takes it.
+
     Raises:
         InputError: in one line, what is wrong, in which line of the file, and what to write.
     """
-    path = Path(path)
-    given, lines = _read_yaml(path)
-    for key, value in _parse_overrides(overrides).items():
-        given[key] = value
-        lines[key] = f"--{key}"
-    _refuse_old_keys(path, given)
-    return Recipe(path, tuple(overrides), lines, *_resolve(path, given, lines))
-
-
-CARD = ("runs on", "takes", "expect")
-
-
-def recipe_table(folder: Path) -> str:
-    """The recipes of a folder as a Markdown table.
-
-    What stands in it are the lines `# runs on: ...` at the head of each file.
-
-    Raises:
-        InputError: there are none.
-    """
-    cards = []
-    for path in sorted(folder.glob("*.yaml")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        comments = [line.removeprefix("# ").partition(": ") for line in lines if line[:1] == "#"]
-        card = {key: value for key, _, value in comments}
-        link = f"[{path.stem}](recipes/{path.name})"
-        cards.append([link, *(card.get(key, "not known") for key in CARD)])
-    if not cards:
-        raise InputError(
-            "no recipes here; run from a clone of the repository, installed with 'make setup'",
-            where=folder,
-        )
-    # The ones that anybody can run come first.
-    cards.sort(key=lambda card: ("CPU" not in card[1], card[1], len(card[0])))
-    return "\n".join(f"| {' | '.join(row)} |" for row in [["recipe", *CARD], ["---"] * 4, *cards])
-
-
-def _refuse_old_keys(path: Path, given: Mapping[str, Any]) -> None:
-    """A recipe for TRL 0.14, the tutorial's, is not translated behind its author's back.
-
-    Some of it means something else now.
-    """
-    old = {key: new for key, new in OLD_KEYS.items() if key in given}
-    if not old:
-        return
-    if "per_device_train_batch_size" in given:
-        old["per_device_train_batch_size"] = (
-            "now counts completions, not prompts: write the old value times num_generations"
-        )
-    rows = [f"  {key:<28} {new}" for key, new in old.items()]
-    headline = "written for TRL 0.14, this is 1.16; write instead:"
-    raise InputError("\n".join([headline, *rows]), where=path)
-
-
-def _resolve(
-    path: Path, given: dict[str, Any], where: dict[str, str]
-) -> tuple[TaskConfig, dict[str, Any], dict[str, Any]]:
-    """The three parts of a recipe, typed and checked: the task's, the model's, the training's."""
-    # Whose key is it, and does the value fit?
-    kinds = {
-        "task": _fields_of(_TASK_CLASSES),
-        "model": _fields_of(_MODEL_CLASSES),
-        "training": _fields_of(_TRAINING_CLASSES),
-    }
-    parts: dict[str, dict[str, Any]] = {
-        "task": {},
-        "model": {},
-        "training": dict(TRAINING_DEFAULTS),
-    }
-    for key, value in given.items():
-        owner = next((owner for owner, known in kinds.items() if key in known), None)
-        if owner is None:
-            raise InputError(f"unknown key '{key}'; {_nearest(key, kinds)}", where=where[key])
-        try:
-            parts[owner][key] = _typed(value, kinds[owner][key].annotation)
-        except TypeError as error:
-            raise InputError(str(error), key=key, where=where[key]) from None
-
-    # What no single key can tell.
-    if not parts["model"].get("model_name_or_path"):
-        raise InputError(
-            "missing; write tiny_base, a folder, or a model id of the hub",
-            key="model_name_or_path",
-            where=path,
-        )
-    if "resume_from_checkpoint" in given:
-        raise InputError(
-            "a run resumes by itself; to start from another model, write its folder as "
-            "model_name_or_path",
-            key="resume_from_checkpoint",
-            where=where["resume_from_checkpoint"],
-        )
-    parts["training"].setdefault("output_dir", f"runs/{path.stem}")
+    path = find_recipe(path)
+    given, where = read_yaml(path)
+    for key, words in parse_overrides(overrides).items():
+        given[key], where[key] = words, f"--{key}"
+    _refuse_old_keys(path, where)
+    parts = _read_values(given, where)
+    _one_length(parts["training"], where)
+    if parts["training"].get("output_dir") is None:
+        parts["training"]["output_dir"] = f"runs/{path.stem}"
     try:
         task = TaskConfig(**parts["task"])
         get_reward_functions(task.reward_funcs)
     except InputError as error:
         place = where.get(error.key or "", path)
         raise InputError(error.problem, key=error.key, where=place) from None
-    weights = parts["training"].get("reward_weights")
-    if weights is not None and len(weights) != len(task.reward_funcs):
-        raise InputError(
-            f"{len(weights)} weights for {len(task.reward_funcs)} reward_funcs",
-            key="reward_weights",
-            where=where["reward_weights"],
-        )
-    return task, parts["model"], parts["training"]
+    recipe = Recipe(path, tuple(overrides), where, task, parts["model"], parts["training"])
+    for wrong, key, problem in conflicts(recipe.get):
+        if wrong:
+            raise recipe.error(problem, key)
+    return recipe
 
 
-def _nearest(key: str, kinds: Mapping[str, Mapping[str, "Field"]]) -> str:
-    near = difflib.get_close_matches(key, [name for part in kinds.values() for name in part], n=1)
-    if near:
-        return f"did you mean '{near[0]}'?"
-    return "see the keys of TaskConfig, and TRL's GRPOConfig and ModelConfig"
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe: a path, or a name such as `tiny-cpu`.
 
-
-# ---- Reading --------------------------------------------------------------------------------
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The mapping in a YAML file and, for every key, where it stands (`FILE line 7`)."""
-    try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            "no such recipe; the recipes are in the folder recipes/", where=path
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"cannot be read: {one_line(error)}", where=path) from None
-    try:
-        node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
-            raise InputError("not a recipe; want lines of the form 'key: value'", where=path)
-        where: dict[str, str] = {}
-        for key, _ in node.value:
-            place = f"{path} line {key.start_mark.line + 1}"
-            if key.value in where:
-                first = where[key.value].rpartition(" line ")[2]
-                raise InputError(f"{key.value} is set twice; first in {first}", where=place)
-            where[key.value] = place
-        return {str(key): value for key, value in loader.construct_document(node).items()}, where
-    except yaml.YAMLError as error:
-        raise InputError(f"not valid YAML: {one_line(error)}", where=path) from None
-
-
-def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--key value`, `--key=value`, `--key a b` (a list) and `--flag` (true).
-
-    Values are YAML scalars.
-    """
-    values: dict[str, list[Any]] = {}
-    key = None
-    for argument in arguments:
-        if argument.startswith("--"):
-            key, equals, value = argument.removeprefix("--").partition("=")
-            key = key.replace("-", "_")
-            values[key] = [_scalar(key, value)] if equals else []
-        elif key is None:
-            raise InputError(f"{argument!r}: want --key value")
-        else:
-            values[key].append(_scalar(key, argument))
-    return {key: given[0] if len(given) == 1 else given or True for key, given in values.items()}
-
-
-def _scalar(key: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(one_line(error), where=f"--{key}") from None
-
-
-# ---- Types ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Field:
-    """A field of a configuration class, as its source says it: the type, the literal default."""
-
-    annotation: str
-    default: Any
-
-
-@cache
-def _fields_of(classes: tuple[tuple[str, str, str], ...]) -> dict[str, Field]:
-    """The dataclass fields of installed classes, by name, read from their source files."""
-    found: dict[str, Field] = {}
-    for package, file, class_name in classes:
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise InputError(f"{package} is not installed; run 'make setup'")
-        source = Path(spec.submodule_search_locations[0]) / file
-        tree = ast.parse(source.read_text(encoding="utf-8"))
-        classes_there = (node for node in tree.body if isinstance(node, ast.ClassDef))
-        for node in next(node.body for node in classes_there if node.name == class_name):
-            if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-                continue
-            if "init=False" not in ast.unparse(node.value or ast.Constant(None)):
-                annotation = ast.unparse(node.annotation)
-                found[node.target.id] = Field(annotation, _literal_default(node.value))
-    return found
-
-
-def _literal_default(node: ast.expr | None) -> Any:
-    """The default in `= 8` or `= field(default=8, ...)`; None for one that is worked out."""
-    if isinstance(node, ast.Call):
-        node = next((keyword.value for keyword in node.keywords if keyword.arg == "default"), None)
-    try:
-        return ast.literal_eval(node) if node is not None else None
-    except ValueError:
-        return None
-
-
-def _typed(value: Any, annotation: str) -> Any:
-    """The value as its field wants it.
-
-    Unknown types are left to the library that owns the field.
+    A name is looked for in the current folder and then among the shipped recipes; it may lack the
+    `.yaml`.
 
     Raises:
-        TypeError: it is not of the field's type.
+        InputError: there is none; suggests the nearest.
     """
-    union = ast.parse(annotation.strip("'\""), mode="eval").body
-    names = [ast.unparse(part) for part in _union_parts(union)]
-    kinds = {name.partition("[")[0] for name in names}
-    if value is None and kinds & {"None", "Any"}:
-        return None
-    if isinstance(value, bool) and "bool" not in kinds:
-        value = "yes" if value else "no"  # YAML 1.1 reads `save_strategy: no` as false
-    if isinstance(value, bool):
-        fits = "bool" in kinds
-    elif isinstance(value, int):
-        fits = "int" in kinds or "float" in kinds
-    elif isinstance(value, float):
-        fits = "float" in kinds
-    elif isinstance(value, str):
-        fits = "str" in kinds
-        if not fits and "float" in kinds:
-            # YAML 1.1 reads 5e-7 as text: it wants a point in the mantissa.
-            try:
-                return float(value)
-            except ValueError:
-                pass
-    elif isinstance(value, list):
-        fits = bool(kinds & {"list", "tuple"})
-    elif isinstance(value, dict):
-        fits = "dict" in kinds
-    else:
-        fits = False
-    containers = kinds & {"list", "tuple"}
-    known = {"None", "bool", "int", "float", "str", "list", "tuple", "dict"}
-    if not fits and kinds <= known:
-        if not containers or isinstance(value, list | dict):
-            wanted = " or ".join(_SPOKEN[kind] for kind in sorted(kinds - {"None"}))
-            raise TypeError(f"want {wanted}, got {value!r}")
-        value = [value]  # one value where a list is wanted
-    if isinstance(value, list) and containers:
-        items = [_typed(item, _item(names)) for item in value]
-        return tuple(items) if "tuple" in kinds else items
-    return value
-
-
-_SPOKEN = {
-    "bool": "true or false",
-    "int": "an integer",
-    "float": "a number",
-    "str": "text",
-    "list": "a list",
-    "tuple": "a list",
-    "dict": "a mapping",
-}
-
-
-def _union_parts(node: ast.expr) -> list[ast.expr]:
-    if isinstance(node, ast.BinOp):
-        return _union_parts(node.left) + _union_parts(node.right)
-    if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("Optional", "Union"):
-        inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        return [part for item in inner for part in _union_parts(item)] + [ast.Constant(None)]
-    return [node]
-
-
-def _item(names: list[str]) -> str:
-    """The annotation of a list's items: `int` of `tuple[int, ...] | None`."""
-    container = ast.parse(
-        next(name for name in names if name.startswith(("list", "tuple"))), mode="eval"
-    ).body
-    if not isinstance(container, ast.Subscript):
-        return "Any"
-    return ast.unparse(
-        container.slice.elts[0] if isinstance(container.slice, ast.Tuple) else container.slice
+    path = Path(name).expanduser()
+    tried = [path, path.with_name(f"{path.name}.yaml")] if path.name else []
+    if path.parent == Path():
+        tried += [RECIPES / each.name for each in tried]
+    try:
+        found = next((each for each in tried if each.is_file()), None)
+        something = found is None and path.exists()
+        beside = [] if found else list(path.parent.glob("*.yaml"))
+    except (OSError, ValueError) as error:  # no right to look, or no name at all
+        raise InputError(f"cannot be read: {reason(error)}", where=shortened(str(path))) from None
+    if found:
+        near = os.path.relpath(found)
+        return found if near.startswith(os.pardir) else Path(near)
+    if something:
+        kind = "a folder" if path.is_dir() else "no ordinary file"
+        raise InputError(f"{kind}; want a recipe, a YAML file", where=path)
+    known = {each.stem: str(each) for each in beside}
+    known |= {each.stem: each.stem for each in RECIPES.glob("*.yaml")}
+    near = difflib.get_close_matches(path.name.removesuffix(".yaml"), known, n=1)
+    hint = (
+        f"did you mean '{known[near[0]]}'?" if near else "'mini-r1 recipes' lists those there are"
     )
+    raise InputError(f"no such recipe; {hint}", where=path)
+
+
+def _refuse_old_keys(path: Path, where: Mapping[str, str]) -> None:
+    """A recipe for TRL 0.14, the tutorial's, is not translated behind its author's back.
+
+    Some of it means something else now.
+    """
+    old = {key: advice for key, advice in OLD_KEYS.items() if key in where}
+    if len(old) == 1:
+        ((key, advice),) = old.items()
+        raise InputError(f"this key is gone; {advice}", key=key, where=where[key])
+    if old:
+        if "per_device_train_batch_size" in where:
+            old["per_device_train_batch_size"] = (
+                "now counts completions, not prompts: write the old value times num_generations"
+            )
+        rows = [f"  {key:<28} {advice}" for key, advice in old.items()]
+        headline = "written for TRL 0.14, this is 1.16; instead of"
+        raise InputError("\n".join([headline, *rows]), where=path)
+
+
+def _read_values(
+    given: Mapping[str, yaml.Node | list[str]], where: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """The three parts of a recipe, each value of its key's type, range and choices."""
+    known = all_keys()
+    parts: dict[str, dict[str, Any]] = {
+        "task": {},
+        "model": {},
+        "training": dict(TRAINING_DEFAULTS),
+    }
+    for name, setting in given.items():
+        owner = next((owner for owner, keys in known.items() if name in keys), None)
+        if owner is None:
+            every = [name for keys in known.values() for name in keys]
+            near = difflib.get_close_matches(name, every, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else "see 'mini-r1 recipes --keys'"
+            raise InputError(f"unknown key '{shortened(name)}'; {hint}", where=where[name])
+        key = known[owner][name]
+        try:
+            node = node_of(setting, key) if isinstance(setting, list) else setting
+            parts[owner][name] = _from_home(key.read(node))
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error), key=name, where=where[name]) from None
+    return parts
+
+
+def _from_home(value: Any) -> Any:
+    """A value whose paths do not begin with ~, which only a shell knows.
+
+    Raises:
+        ValueError: it is the home folder of nobody.
+    """
+    if isinstance(value, list | tuple):
+        return type(value)(map(_from_home, value))
+    if not isinstance(value, str) or not re.match(r"~$|~[\w.-]*/", value):
+        return value
+    path = os.path.expanduser(value)
+    if path == value:
+        raise ValueError(f"no home folder '{value.partition('/')[0]}'")
+    return path
+
+
+def _one_length(training: dict[str, Any], where: Mapping[str, str]) -> None:
+    """Either max_steps or num_train_epochs: one on the command line replaces one in the file.
+
+    The Trainer takes both, and forgets the epochs.
+    """
+    steps, epochs = "max_steps", "num_train_epochs"
+    if epochs not in training or training.get(steps, -1) < 1:
+        return
+    given = [key for key in (steps, epochs) if where[key] == f"--{key}"]
+    if len(given) != 1:
+        raise InputError(
+            f"max_steps: {training[steps]} says how long, too; leave one of them out",
+            key=epochs,
+            where=where[epochs],
+        )
+    del training[steps if given == [epochs] else epochs]

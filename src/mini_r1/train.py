@@ -27,7 +27,6 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
-import huggingface_hub
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -219,12 +218,6 @@ def _arguments(recipe: Recipe) -> tuple[ModelConfig, GRPOConfig, int | None]:
     """
     given = dict(recipe.training)
     strategy, eval_steps = given.pop("eval_strategy", "no"), given.pop("eval_steps", None)
-    if strategy not in ("no", "steps") or (strategy == "steps" and not eval_steps):
-        raise recipe.error("write 'no', or 'steps' together with eval_steps", "eval_strategy")
-    if given.get("push_to_hub") and not (given.get("hub_token") or huggingface_hub.get_token()):
-        raise recipe.error(
-            "no hub token here; run 'hf auth login', or write push_to_hub: false", "push_to_hub"
-        )
     try:
         model_args = ModelConfig(**recipe.model)
         wanted = model_args.attn_implementation

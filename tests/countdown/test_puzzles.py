@@ -48,6 +48,26 @@ def test_the_same_bytes_on_any_machine():
     assert digest == "d91aa8c526ef921b711a0864ca88bf22982733479ff332994458a76effe188e6"
 
 
+def test_more_puzzles_than_there_can_be_are_refused_without_a_search():
+    space = PuzzleSpace(num_numbers=(6,), number_range=(1, 2), target_range=(1, 10))
+    with pytest.raises(
+        PuzzleSpaceError, match="at most 70 different puzzles are like this"
+    ) as caught:
+        generate(71, 0, space)
+    assert caught.value.name == "num_puzzles"
+
+
+def test_what_is_out_of_reach_is_so():
+    """The bound is never below what numbers can really make."""
+    for numbers in ((1, 1, 1), (2, 2, 2), (1, 4, 5, 5), (9, 9, 9)):
+        reach = (2 * max(numbers)) ** len(numbers)
+        assert max(brute_force(numbers)) <= reach
+        space = {"num_numbers": (len(numbers),), "number_range": (1, max(numbers))}
+        assert PuzzleSpace(**space, target_range=(reach, reach))
+        with pytest.raises(PuzzleSpaceError, match="no puzzle: "):
+            PuzzleSpace(**space, target_range=(reach + 1, reach + 1))
+
+
 def test_key_forgets_the_order_of_the_numbers():
     assert Puzzle((19, 36, 55, 7), 65).key == Puzzle((7, 19, 36, 55), 65).key == "7,19,36,55=65"
 
@@ -66,6 +86,8 @@ def test_an_exhausted_space_says_so():
         {"num_numbers": (7,)},
         {"number_range": (9, 1)},
         {"target_range": (-1, 5)},
+        {"num_numbers": (3, 3)},
+        {"target_range": (10**12, 10**13)},
     ],
 )
 def test_bad_spaces_are_refused(wrong):

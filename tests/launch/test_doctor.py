@@ -1,6 +1,11 @@
+import os
 import resource
+import socket
 import subprocess
 import sys
+import threading
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,7 +27,19 @@ BROKEN = {
         "unknown key 'learning_rat'; did you mean 'learning_rate'?",
     ),
     "wrong type": ("max_steps: many", "max_steps: want an integer, got 'many'"),
-    "old key": ("torch_dtype: bfloat16", "torch_dtype"),
+    "old key": ("torch_dtype: bfloat16", "line 2: torch_dtype: this key is gone; write dtype"),
+    "no step": ("max_steps: -3", "line 2: max_steps: want -1 or at least 1, got -3"),
+    "no such loss": ("loss_type: gppo", "line 2: loss_type: no 'gppo'; did you mean 'grpo'?"),
+    "unknown tracker": ("report_to: wandbb", "no 'wandbb'; did you mean 'wandb'?"),
+    "missing tracker": (
+        "report_to: [swanlab]",
+        "report_to: swanlab is not installed; run pip install -c constraints.txt swanlab",
+    ),
+    "missing kernels": (
+        "use_liger_kernel: true",
+        "use_liger_kernel: liger_kernel is not installed",
+    ),
+    "missing optimizer": ("optim: schedule_free_adamw", "optim: schedulefree is not installed"),
     "set twice": ("num_generations: 4\nnum_generations: 8", "num_generations is set twice"),
     "not YAML": ("seed: [1", "not valid YAML"),
     "impossible batch": ("num_generations: 7", "cannot be cut into groups of num_generations: 7"),
@@ -76,8 +93,7 @@ def test_broken_recipes_are_explained_in_one_line_at_once(tmp_path, mistake):
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
-    if mistake != "old key":  # which gets a table
-        assert done.stderr.count("\n") == 1
+    assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["broken.yaml"]
 
 
@@ -100,6 +116,117 @@ def test_another_machine_is_judged_by_its_gpus_alone(capsys):
     printed = capsys.readouterr().out
     assert "package" not in printed
     assert "verdict     it fits" in printed
+
+
+# ---- Trackers and the hub -------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_home(tmp_path, monkeypatch):
+    """A home without any login; returns a function that examines a recipe there."""
+    for name in [*os.environ]:
+        if name.startswith(("WANDB_", "HF_")) or name.lower().endswith(("netrc", "_proxy")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+
+    def problems(*overrides):
+        recipe = load_recipe(TINY, ["--output_dir", str(tmp_path / "run"), *overrides])
+        return [str(problem) for problem in doctor.problems(recipe)]
+
+    return problems
+
+
+def test_wandb_needs_a_login(at_home, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    (problem,) = at_home("--report_to", "wandb")
+    assert problem.startswith("report_to: wandb has no login here; run 'wandb login', or set WANDB")
+    for lines in ("machine api.wandb.ai login user password x", "machine elsewhere password x"):
+        (tmp_path / ".netrc").write_text(f"{lines}\n")
+        assert at_home("--report_to", "wandb") == ([] if "wandb" in lines else [problem])
+    for name, value in {
+        "WANDB_MODE": "offline",
+        "WANDB_API_KEY": "x",
+        "WANDB_IDENTITY_TOKEN_FILE": "x",
+        "WANDB_CONFIG_DIR": str(tmp_path),
+    }.items():
+        (tmp_path / "settings").write_text("[default]\nmode = disabled\n")
+        with monkeypatch.context() as with_it:
+            with_it.setenv(name, value)
+            assert at_home("--report_to", "wandb", "tensorboard") == []
+
+
+def test_a_login_is_looked_for_where_wandb_looks(at_home, tmp_path):
+    """In a process of its own: wandb remembers."""
+    pytest.importorskip("wandb")
+    look = "from wandb.sdk.lib.wbauth import wbnetrc; print(wbnetrc._get_netrc_file_path())"
+    done = subprocess.run([sys.executable, "-c", look], check=True, capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path}/.netrc\n"
+    init = "import wandb; wandb.init(project='x')"
+    done = subprocess.run([sys.executable, "-c", init], capture_output=True, text=True)
+    assert "No API key configured" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("tracker", "package"), [("mlflow", "mlflow"), ("flyte", "flytekit"), ("dagshub", "dagshub")]
+)
+def test_trackers_that_are_not_installed(at_home, tracker, package):
+    assert find_spec(package) is None
+    first = at_home("--report_to", tracker)[0]
+    assert first.startswith(f"report_to: {package} is not installed; run pip install")
+
+
+@pytest.mark.parametrize("chosen", ["none", "all", "tensorboard", "kubeflow"])
+def test_trackers_that_need_nothing(at_home, monkeypatch, chosen):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert at_home("--report_to", chosen) == []
+
+
+def test_writing_to_the_hub_needs_a_token(at_home):
+    assert at_home("--push_to_hub") == [
+        "push_to_hub: no hub token here; run 'hf auth login', or write push_to_hub: false"
+    ]
+    (problem,) = at_home("--push_to_hub", "--hub_token", "hf_x")
+    assert "the hub cannot be reached (OfflineModeIsEnabled)" in problem  # as all tests are
+    (problem,) = at_home("--log_completions", "--log_completions_hub_repo", "a/b")
+    assert problem.startswith("log_completions_hub_repo: no hub token here")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n", "the hub refuses the token ("),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", None),
+        ("", "the hub cannot be reached (ReadTimeout)"),
+        (None, "the hub cannot be reached (ConnectError)"),
+    ],
+)
+def test_writing_to_the_hub_needs_the_hub(at_home, monkeypatch, answer, message):
+    monkeypatch.setattr(doctor, "LOGIN_TIMEOUT", 0.3)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+
+        def serve():
+            connection, _ = server.accept()
+            connection.recv(10_000)
+            connection.sendall(answer.encode())
+            time.sleep(0 if answer else 1)
+            connection.close()
+
+        if answer is None:
+            server.close()
+        else:
+            threading.Thread(target=serve, daemon=True).start()
+        found = at_home("--push_to_hub", "--hub_token", "hf_x")
+    if message is None:
+        assert found == []
+    else:
+        assert len(found) == 1
+        assert found[0].startswith(f"push_to_hub: {message}")
+        assert found[0].endswith("; write push_to_hub: false")
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):

@@ -102,6 +102,9 @@ def test_the_default_recipe_needs_no_gpu():
             "which cannot be cut into groups of num_generations: 5",
         ),
         (TINY, 0, 0, ["--num_generations", "1"], "num_generations: 1; GRPO compares"),
+        # A large prime: found without trying every number up to it.
+        (TINY, 0, 0, ["--num_generations", "999999937"], "write 999999937"),
+        (TINY, 0, 0, ["--num_iterations", "999999937"], "save_steps: .* write 1999999874"),
         (
             TINY,
             0,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count, islice
+from math import comb
 
 from mini_r1.countdown.solver import MAX_NUMBERS, MIN_NUMBERS, reachable
 
@@ -49,7 +50,7 @@ class PuzzleSpace:
             reachable integers in this range.
 
     Raises:
-        PuzzleSpaceError: an empty range, or a count the solver does not take.
+        PuzzleSpaceError: an empty range, one out of reach, or a count the solver does not take.
     """
 
     num_numbers: tuple[int, ...] = (3, 4)
@@ -63,12 +64,39 @@ class PuzzleSpace:
                 "num_numbers",
                 f"each count is {MIN_NUMBERS} to {MAX_NUMBERS}, got {list(self.num_numbers)}",
             )
+        if len(set(self.num_numbers)) < len(self.num_numbers):
+            raise PuzzleSpaceError("num_numbers", f"each count once, got {list(self.num_numbers)}")
         for name in ("number_range", "target_range"):
             low, high = getattr(self, name)
             if not 0 <= low <= high:
                 raise PuzzleSpaceError(
                     name, f"want [low, high] with 0 <= low <= high, got {[low, high]}"
                 )
+        # No result has a numerator of more than this: each of the operations doubles it at most,
+        # beyond the product of the numbers.
+        most = (2 * self.number_range[1]) ** max(self.num_numbers)
+        if self.target_range[0] > most:
+            raise PuzzleSpaceError(
+                "target_range",
+                f"no puzzle: {max(self.num_numbers)} numbers up to {self.number_range[1]} cannot "
+                f"make {self.target_range[0]} or more",
+            )
+
+    def check_size(self, num_puzzles: int) -> None:
+        """Refuse to look for more puzzles than each choice of numbers with each target would make.
+
+        Raises:
+            PuzzleSpaceError: there are fewer; fewer still may be solvable.
+        """
+        numbers = self.number_range[1] - self.number_range[0] + 1
+        targets = self.target_range[1] - self.target_range[0] + 1
+        most = sum(comb(numbers + size - 1, size) for size in self.num_numbers) * targets
+        if num_puzzles > most:
+            raise PuzzleSpaceError(
+                "num_puzzles",
+                f"at most {most} different puzzles are like this, got {num_puzzles}; ask for fewer "
+                "or widen num_numbers, number_range or target_range",
+            )
 
 
 def uniform_hash(*parts: object) -> int:
@@ -84,6 +112,7 @@ def generate(num_puzzles: int, seed: int, space: PuzzleSpace) -> Iterator[Puzzle
     Raises:
         ValueError: the space holds fewer distinct puzzles than asked for.
     """
+    space.check_size(num_puzzles)
     return islice(_distinct(num_puzzles, seed, space), num_puzzles)
 
 

@@ -8,14 +8,20 @@
 library.
 """
 
+import configparser
+import netrc
 import os
 import platform
+import re
 import shutil
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -23,10 +29,11 @@ from packaging.version import Version
 from mini_r1 import InputError, one_line
 from mini_r1.launch.plan import Machine, make_plan
 from mini_r1.model import EMBEDDED_BASES, is_local, model_path
-from mini_r1.recipe import Recipe, load_recipe
+from mini_r1.recipe import Recipe, all_keys, load_recipe
 from mini_r1.run import folder_problems
 
 HUB_TIMEOUT = 1.0  # seconds; a mistake is told at once or later
+LOGIN_TIMEOUT = 3.0  # seconds; a run that writes to the hub starts with asking it
 # Which package a key of a recipe needs.
 PACKAGE_OF = {
     "use_vllm": "vllm",
@@ -34,7 +41,24 @@ PACKAGE_OF = {
     "load_in_4bit": "bitsandbytes",
     "load_in_8bit": "bitsandbytes",
 }
-TRACKERS = ("wandb", "trackio")  # of those that report_to can name; TensorBoard is always there
+# Which one an optimizer needs, by what its name matches.
+PACKAGE_OF_OPTIMIZER = {
+    "galore_": "galore_torch",
+    "apollo_": "apollo_torch",
+    "lomo|adalomo": "lomo_optim",
+    "grokadamw": "grokadamw",
+    "schedule_free_": "schedulefree",
+    "stable_adamw": "optimi",
+    "adamw_torch_[48]bit": "torchao",
+    "adamw_torch_xla": "torch_xla",
+    "adamw_torch_npu": "torch_npu",
+    "adamw_anyprecision": "torchdistx",
+    ".*(8bit|bnb|paged|lion|ademamix)": "bitsandbytes",
+}
+# And a tracker, where that is not its name.
+PACKAGE_OF_TRACKER = {"azure_ml": "azureml", "flyte": "flytekit"}
+# What pip calls a package, where it is not the module's name.
+PIP_NAMES = {"azureml": "azureml-core", "optimi": "torch-optimi"}
 INSTALL_EXTRA = "run pip install -c constraints.txt -e '.[gpu]'"
 
 
@@ -87,6 +111,8 @@ def problems(recipe: Recipe, launcher: str | None = None) -> Iterator[InputError
     yield from folder_problems(recipe)
     yield from _model(recipe)
     yield from _data(recipe)
+    yield from _trackers(recipe)
+    yield from _uploads(recipe)
 
 
 def _missing_packages(recipe: Recipe, launcher: str | None) -> Iterator[InputError]:
@@ -100,12 +126,113 @@ def _missing_packages(recipe: Recipe, launcher: str | None) -> Iterator[InputErr
             "deepspeed is not installed, and full fine-tuning on several GPUs needs it; "
             + INSTALL_EXTRA
         )
-    for tracker in recipe.get("report_to"):
-        if tracker in TRACKERS and find_spec(tracker) is None:
-            yield InputError(
-                f"{tracker} is not installed; run pip install -c constraints.txt {tracker}",
-                key="report_to",
-            )
+    if recipe.get("use_liger_kernel") and find_spec("liger_kernel") is None:
+        yield _not_installed("liger_kernel", "use_liger_kernel")
+    attention = recipe.get("attn_implementation") or ""
+    if "/" in attention and find_spec("kernels") is None:  # a kernel of the hub
+        yield _not_installed("kernels", "attn_implementation")
+    optimizer = recipe.get("optim") or ""
+    patterns = (each for each in PACKAGE_OF_OPTIMIZER if re.match(each, optimizer))
+    package = PACKAGE_OF_OPTIMIZER.get(next(patterns, ""))
+    if package and find_spec(package) is None:
+        yield _not_installed(package, "optim")
+
+
+def _not_installed(package: str, key: str) -> InputError:
+    pip_name = PIP_NAMES.get(package, package)
+    return InputError(
+        f"{package} is not installed; run pip install -c constraints.txt {pip_name}", key=key
+    )
+
+
+def _trackers(recipe: Recipe) -> Iterator[InputError]:
+    """Whether what is to be logged can be logged."""
+    chosen = recipe.get("report_to")
+    chosen = [chosen] if isinstance(chosen, str) else chosen
+    known = set(all_keys()["training"]["report_to"].choices) - {"all", "none"}
+    packages = {tracker: PACKAGE_OF_TRACKER.get(tracker, tracker) for tracker in known}
+    if chosen == ["all"]:  # that are installed
+        chosen = sorted(tracker for tracker in known if find_spec(packages[tracker]))
+    for tracker in known.intersection(chosen):
+        # Kubeflow needs none, and DagsHub logs by MLflow.
+        needed = [] if tracker == "kubeflow" else [packages[tracker]]
+        needed += ["mlflow"] if tracker == "dagshub" else []
+        for package in needed:
+            if find_spec(package) is None:
+                yield _not_installed(package, "report_to")
+    if "wandb" in chosen and find_spec("wandb") and not _wandb_will_log():
+        yield InputError(
+            "wandb has no login here; run 'wandb login', or set WANDB_MODE=offline",
+            key="report_to",
+        )
+
+
+def _wandb_will_log() -> bool:
+    """Whether wandb finds a login where it looks for one, or is told to do without."""
+    env = os.environ
+    without = ("offline", "dryrun", "disabled")
+    if env.get("WANDB_API_KEY") or env.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    if "WANDB_MODE" in env:
+        return env["WANDB_MODE"] in without or _has_netrc_entry()
+    settings = configparser.ConfigParser(default_section="default")
+    folder = Path(env.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser()
+    with suppress(OSError, UnicodeDecodeError, configparser.Error):  # wandb itself will complain
+        settings.read(folder / "settings")
+    mode = settings.defaults().get("mode")
+    return mode in without or "api_key" in settings.defaults() or _has_netrc_entry()
+
+
+def _has_netrc_entry() -> bool:
+    places = (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    for place in filter(None, places):
+        try:
+            return netrc.netrc(Path(place).expanduser()).authenticators(host) is not None
+        except FileNotFoundError:
+            continue
+        except (OSError, netrc.NetrcParseError):
+            return False
+    return False
+
+
+def _uploads(recipe: Recipe) -> Iterator[InputError]:
+    """Whether the hub lets this run write to it: some of them begin by making a repository."""
+    keys = ("push_to_hub", "log_completions_hub_repo", "trackio_space_id")
+    key = next((key for key in keys if recipe.get(key)), None)
+    if key is None:
+        return
+    from huggingface_hub import get_token
+
+    instead = "write push_to_hub: false" if key == "push_to_hub" else "leave it out"
+    token = recipe.get("hub_token") or get_token()
+    if not token:
+        yield InputError(f"no hub token here; run 'hf auth login', or {instead}", key=key)
+        return
+    answers: list[str | None] = []
+    asking = threading.Thread(target=lambda: answers.append(_refusal(token)), daemon=True)
+    asking.start()
+    asking.join(LOGIN_TIMEOUT + 1)  # no timeout of httpx covers the search for an address
+    refusal = answers[0] if answers else "the hub cannot be reached (no answer)"
+    if refusal:
+        yield InputError(f"{refusal}; {instead}", key=key)
+
+
+def _refusal(token: str) -> str | None:
+    """Why the hub does not know the owner of a token, if it does not."""
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    try:
+        who = f"{constants.ENDPOINT}/api/whoami-v2"
+        hf_raise_for_status(
+            get_session().get(who, headers=build_hf_headers(token=token), timeout=LOGIN_TIMEOUT)
+        )
+    except errors.HfHubHTTPError as error:
+        return f"the hub refuses the token ({one_line(error, 120)}); run 'hf auth login'"
+    except Exception as error:  # whatever keeps us from the hub: offline mode, no route, a proxy
+        return f"the hub cannot be reached ({type(error).__name__})"
+    return None
 
 
 def _model(recipe: Recipe) -> Iterator[InputError]:

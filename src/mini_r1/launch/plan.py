@@ -22,9 +22,8 @@ from typing import Any
 from mini_r1 import InputError
 from mini_r1.launch.memory import estimate_memory, has_16_bit_weights, peak
 from mini_r1.model import model_path
-from mini_r1.recipe import Recipe
+from mini_r1.recipe import ROOT, Recipe
 
-ROOT = Path(__file__).parents[3]  # of the checkout, which holds configs/ and scripts/
 LAUNCH_CONFIGS = Path("configs/accelerate_configs")
 TRAINING_SCRIPT = Path("scripts/run_r1_grpo.py")
 SERVER_HOST = "127.0.0.1"  # its development endpoints can replace the weights
@@ -344,12 +343,12 @@ def check_batch(recipe: Recipe, processes: int) -> None:
         raise recipe.error(
             f"{sampled} is no multiple of the {micro} completions of a micro-batch "
             f"(per_device_train_batch_size x {processes} processes); "
-            f"write {math.ceil(sampled / micro) * micro}",
+            f"write {_next_multiple(micro, sampled)}",
             "generation_batch_size",
         )
     if sampled % group:
         in_all = sampled // per_device  # micro-batches, of all processes
-        fitting = next(n for n in range(per_device, 10**9) if in_all * n % group == 0)
+        fitting = _next_multiple(group // math.gcd(in_all, group), per_device)
         raise recipe.error(
             f"{sampled} completions are sampled at a time, which cannot be cut into groups of "
             f"num_generations: {group}; it counts completions, not prompts: write {fitting}",
@@ -368,16 +367,21 @@ def check_batch(recipe: Recipe, processes: int) -> None:
 
     # A checkpoint holds no completions: one amid the steps that share a batch of them could not
     # be continued exactly.
-    window = sampled // micro * get("num_iterations") / get("gradient_accumulation_steps")
+    micro_steps = sampled // micro * get("num_iterations")
+    window = micro_steps / get("gradient_accumulation_steps")
     save_steps, saves = get("save_steps"), get("save_strategy") != "no"
     if saves and window > 1 and isinstance(save_steps, int) and save_steps % window:
-        fitting = next(steps for steps in range(save_steps, 10**9) if steps % window == 0)
+        whole = micro_steps // math.gcd(micro_steps, get("gradient_accumulation_steps"))
         raise recipe.error(
             f"{save_steps} is no multiple of the {window:g} optimizer steps that share one "
             "generation (steps_per_generation x num_iterations / gradient_accumulation_steps); "
-            f"write {fitting}",
+            f"write {_next_multiple(whole, save_steps)}",
             "save_steps",
         )
+
+
+def _next_multiple(step: int, at_least: int) -> int:
+    return -(-at_least // step) * step
 
 
 def _what_would_fit(recipe: Recipe, machine: Machine, processes: int) -> str:

@@ -130,7 +130,16 @@ def plan_job(recipe: Recipe, nodes: int, machine: Machine) -> JobPlan:
 def submit_command(
     recipe: Recipe, nodes: int, gpus_per_node: int, time_limit: str | None
 ) -> list[str]:
-    """The sbatch line for the wrapper script, in the root of the checkout."""
+    """The sbatch line for the wrapper script, in the root of the checkout.
+
+    Raises:
+        InputError: this is no checkout; the script finds its environment there.
+    """
+    if not (ROOT / "scripts" / "slurm").is_dir():
+        raise InputError(
+            "not here; run from a clone of the repository, installed with 'make setup'",
+            where="scripts/slurm/train.sbatch",
+        )
     options = [f"--nodes={nodes}"]
     options += [f"--gpus-per-node={gpus_per_node}"] if gpus_per_node else []
     options += [f"--time={time_limit}"] if time_limit else []

@@ -20,6 +20,7 @@ ORDER = [
     "behaviors",
     "metrics",
     "quirks",
+    "hub",
     "recipe",
     "model",
     "manifest",

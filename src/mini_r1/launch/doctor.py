@@ -15,18 +15,16 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from mini_r1 import InputError, one_line
+from mini_r1 import InputError, hub
 from mini_r1.launch.plan import Machine, make_plan
 from mini_r1.model import EMBEDDED_BASES, is_local, model_path
 from mini_r1.recipe import Recipe, load_recipe
 from mini_r1.run import folder_problems
 
-HUB_TIMEOUT = 1.0  # seconds; a mistake is told at once or later
 # Which package a key of a recipe needs.
 PACKAGE_OF = {
     "use_vllm": "vllm",
@@ -121,8 +119,7 @@ def _model(recipe: Recipe) -> Iterator[InputError]:
             key=key,
         )
     else:
-        instead = f"write a local folder or {EMBEDDED_BASES[0]}"
-        yield from _on_hub(name, "model", instead, recipe.get("model_revision"))
+        yield from _on_hub(name, "model", recipe.get("model_revision"))
 
 
 def _data(recipe: Recipe) -> Iterator[InputError]:
@@ -136,42 +133,14 @@ def _data(recipe: Recipe) -> Iterator[InputError]:
             key="dataset_id_or_path",
         )
     else:
-        yield from _on_hub(source, "dataset", "write a local file or generated")
+        yield from _on_hub(source, "dataset")
 
 
-def _on_hub(
-    name: str, kind: str, instead: str, revision: str | None = None
-) -> Iterator[InputError]:
+def _on_hub(name: str, kind: hub.Kind, revision: str | None = None) -> Iterator[InputError]:
     """Whether the local cache has it, or the hub."""
-    import httpx  # what huggingface_hub talks with
-    from huggingface_hub import HfApi, errors, snapshot_download
-
-    key = "model_name_or_path" if kind == "model" else "dataset_id_or_path"
-    try:
-        snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True)
-        return
-    except errors.LocalEntryNotFoundError:
-        pass
-    except errors.HFValidationError as error:
-        yield InputError(one_line(error), key=key)
-        return
-    ask: Any = HfApi().model_info if kind == "model" else HfApi().dataset_info
-    try:
-        ask(name, revision=revision, timeout=HUB_TIMEOUT)
-    except errors.HfHubHTTPError as error:
-        yield InputError(
-            f"the hub refuses the {kind} '{name}' ({one_line(error, 120)}); check its name and "
-            f"your access, or {instead}",
-            key=key,
-        )
-    except httpx.TimeoutException:
-        return  # slow, not absent: the download itself may be more patient
-    except Exception as error:  # whatever keeps us from the hub: offline mode, no route, a proxy
-        yield InputError(
-            f"'{name}' is not in the cache and the hub cannot be reached "
-            f"({type(error).__name__}); without network {instead}",
-            key=key,
-        )
+    refused = hub.refusal(name, kind, revision)
+    if refused is not None:
+        yield refused
 
 
 def _packages() -> Iterator[str]:

@@ -9,7 +9,9 @@ from mini_r1.run import (
     checkpoint_to_resume,
     last_complete_checkpoint,
     run_weights,
+    weights_of,
     write_json,
+    write_recipe,
 )
 
 # ---- Writing --------------------------------------------------------------------------------
@@ -42,8 +44,13 @@ def test_only_complete_checkpoints_count(tmp_path):
         if step < 20:
             (tmp_path / f"checkpoint-{step}" / COMPLETE_MARKER).touch()
     assert last_complete_checkpoint(tmp_path) == run_weights(tmp_path) == tmp_path / "checkpoint-10"
+    assert weights_of(str(tmp_path)) == str(tmp_path)  # no run yet: no recipe
+    write_recipe(tmp_path, {})
+    assert weights_of(str(tmp_path)) == str(tmp_path / "checkpoint-10")
     (tmp_path / "config.json").touch()
     assert run_weights(tmp_path) == tmp_path
+    for name in ("tiny_base", "owner/model", "./no/such/folder"):
+        assert weights_of(name) == name
 
 
 def test_torn_checkpoints_are_removed_and_the_last_complete_one_is_resumed(tmp_path, capsys):

@@ -30,7 +30,8 @@ import yaml
 
 from mini_r1 import InputError
 from mini_r1.manifest import RunManifest
-from mini_r1.model import model_path
+from mini_r1.model import EMBEDDED_BASES, model_path
+from mini_r1.model_files import is_model
 from mini_r1.recipe import Recipe, TaskConfig, default_of, load_recipe
 from mini_r1.rollouts import ALL_FILE, Rollout, read_samples
 
@@ -214,12 +215,25 @@ def run_weights(run_dir: Path) -> Path:
     Raises:
         InputError: the run has saved nothing yet.
     """
-    if any((run_dir / name).exists() for name in ("config.json", "adapter_config.json")):
+    if is_model(run_dir):
         return run_dir
     checkpoint = last_complete_checkpoint(run_dir)
     if checkpoint is None:
-        raise InputError(f"{run_dir}: this run has no model and no complete checkpoint yet")
+        raise InputError(
+            f"{run_dir}: this run has no model and no complete checkpoint yet",
+            key="model_name_or_path",
+        )
     return checkpoint
+
+
+def weights_of(name: str) -> str:
+    """A run's newest weights; any other name of a model as it is.
+
+    Raises:
+        InputError: a run that has saved nothing yet.
+    """
+    is_embedded = name in EMBEDDED_BASES  # which brings a recipe of its own, like a run
+    return name if is_embedded or not is_run(Path(name)) else str(run_weights(Path(name)))
 
 
 # ---- Going on, pausing, ending --------------------------------------------------------------
@@ -401,11 +415,9 @@ def weights_and_task(name: str, recipe_path: str | None = None) -> tuple[str, Ta
     Raises:
         InputError: no such recipe, or a run that has saved nothing yet.
     """
-    folder = Path(model_path(name))
-    has_recipe = is_run(folder)
-    if recipe_path is None and has_recipe:
+    folder, weights = Path(model_path(name)), weights_of(name)
+    if recipe_path is None and is_run(folder):
         recipe_path = str(folder / RECIPE_FILE)
-    weights = str(run_weights(folder)) if has_recipe else name
     if recipe_path is None:
         return weights, TaskConfig(), default_of("max_completion_length")
     recipe = load_recipe(recipe_path)

@@ -1,13 +1,18 @@
+import json
 import resource
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from mini_r1 import InputError
+from mini_r1.cli import main
 from mini_r1.launch import doctor
 from mini_r1.launch.plan import Machine
+from mini_r1.model import model_path
 from mini_r1.recipe import load_recipe
 from mini_r1.run import LOGS_FOLDER, RECIPE_FILE
 
@@ -36,7 +41,7 @@ BROKEN = {
     "no GPU for vLLM": ("use_vllm: true", "vLLM needs a GPU"),
     "missing model folder": (
         "model_name_or_path: ./no/such/folder",
-        "no folder './no/such/folder'",
+        "no run or model './no/such/folder' here; write a folder with a model",
     ),
     "model out of reach": (
         "model_name_or_path: nobody/nothing",
@@ -60,7 +65,8 @@ BROKEN = {
 @pytest.mark.parametrize("mistake", BROKEN)
 def test_broken_recipes_are_explained_in_one_line_at_once(tmp_path, mistake):
     lines, message = BROKEN[mistake]
-    base = "" if lines.startswith("model_name_or_path") else "model_name_or_path: tiny_base\n"
+    base = "model_name_or_path: tiny_base\nmax_completion_length: 120\n"
+    base = "" if lines.startswith("model_name_or_path") else base
     (tmp_path / "broken.yaml").write_text(f"{base}{lines}\n")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
@@ -118,3 +124,106 @@ def test_a_run_is_continued_but_not_as_another_one(tmp_path):
     (tmp_path / RECIPE_FILE).write_text("seed: 7\n")
     problems = map(str, doctor.problems(recipe))
     assert any("holds a run with seed: 7, this recipe says 1" in text for text in problems)
+
+
+# ---- The model ------------------------------------------------------------------------------
+
+
+def copy_of_the_base(folder, **config):
+    shutil.copytree(model_path("tiny_base"), folder)
+    (folder / RECIPE_FILE).unlink()
+    written = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(written))
+    return folder
+
+
+def adapter_on(base, folder):
+    folder.mkdir(parents=True)
+    config = {"base_model_name_or_path": str(base), "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    shutil.copy(
+        Path(model_path("tiny_base")) / "model.safetensors", folder / "adapter_model.safetensors"
+    )
+    return folder
+
+
+def told(name, *overrides):
+    recipe = load_recipe(TINY, ["--model_name_or_path", str(name), *overrides])
+    return [problem.problem for problem in doctor.problems(recipe)]
+
+
+def test_a_recipe_is_told_what_is_wrong_with_its_model(tmp_path, capsys):
+    assert told(copy_of_the_base(tmp_path / "sound")) == []
+    bert = copy_of_the_base(tmp_path / "bert", model_type="bert", architectures=["BertModel"])
+    assert "is a BertModel, no causal language model" in told(bert)[0]
+    short = copy_of_the_base(tmp_path / "short", max_position_embeddings=100)
+    assert "fewer than max_prompt_length 32 + max_completion_length 120" in told(short)[0]
+    (tmp_path / "empty").mkdir()
+    assert "empty holds no model: no config.json in it" in told(tmp_path / "empty")[0]
+    assert "it is a file; write the folder that holds it" in told(bert / "model.safetensors")[0]
+    path = tmp_path / "r.yaml"
+    path.write_text(f"output_dir: {tmp_path}/run\nmodel_name_or_path: {bert}\n")
+    with pytest.raises(InputError, match="will not run here: 1 problem"):
+        doctor.examine(str(path), Machine(0), planned=False)
+    with pytest.raises(InputError, match=r"r\.yaml line 2: model_name_or_path: .* is a BertModel"):
+        doctor.first_problem(load_recipe(path))
+
+
+def test_quantized_weights_are_not_trained_in_full(tmp_path):
+    method = {"quantization_config": {"quant_method": "bitsandbytes"}}
+    model = copy_of_the_base(tmp_path / "model", **method)
+    assert "cannot be trained in full; write use_peft: true" in told(model)[0]
+    assert told(model, "--use_peft") == []
+
+
+def test_a_run_stands_for_its_newest_weights(tmp_path):
+    run = copy_of_the_base(tmp_path / "run")
+    shutil.copy(Path(model_path("tiny_base")) / RECIPE_FILE, run)
+    assert told(run) == []
+    checkpoint = run / "checkpoint-5"
+    checkpoint.mkdir()
+    for file in [file for file in run.iterdir() if file.is_file() and file.name != RECIPE_FILE]:
+        file.rename(checkpoint / file.name)
+    assert "this run has no model and no complete checkpoint yet" in told(run)[0]
+    (checkpoint / "complete").touch()
+    assert told(run) == []
+
+
+def test_an_adapter_is_judged_with_its_base(tmp_path):
+    base = copy_of_the_base(tmp_path / "base")
+    first = adapter_on(base, tmp_path / "runs" / "first")
+    second = adapter_on(first, tmp_path / "runs" / "second")
+    assert told(second) == []
+    (base / "model.safetensors").write_bytes(b"")
+    (problem,) = told(second)
+    assert f"the base of the adapter {first}: " in problem
+    assert "is no safetensors file" in problem
+    shutil.rmtree(base)
+    assert "no run or model" in told(second)[0]
+    assert "is an adapter of itself" in told(adapter_on(tmp_path / "loop", tmp_path / "loop"))[0]
+
+
+def test_a_run_or_model_that_was_misspelt_is_suggested_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copy_of_the_base(tmp_path / "runs" / "tiny-cpu")
+    copy_of_the_base(tmp_path / "models" / "llama")
+    for command, name, near in (
+        ("eval", "runs/tiny-cpuu", "runs/tiny-cpu"),
+        ("eval", "tiny-cpu", "runs/tiny-cpu"),
+        ("play", "tiny_bas", "tiny_base"),
+        ("play", "models/lama", "models/llama"),
+        ("eval", "./models/lama", "models/llama"),
+    ):
+        started = time.monotonic()
+        assert main([command, name]) == 2
+        assert time.monotonic() - started < 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: RUN_OR_MODEL: ")
+        assert line.endswith(f"did you mean '{near}'?"), line
+    assert main(["eval", "./nothing-like-it"]) == 2
+    assert "write a folder with a model, an id of the hub" in capsys.readouterr().err
+
+
+def test_eval_refuses_more_tokens_than_a_model_has_positions(tmp_path, capsys):
+    assert main(["eval", str(copy_of_the_base(tmp_path / "m"))]) == 2
+    assert "has 512 positions, fewer than" in capsys.readouterr().err

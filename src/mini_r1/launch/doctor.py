@@ -8,6 +8,8 @@
 library.
 """
 
+import contextlib
+import difflib
 import os
 import platform
 import shutil
@@ -21,9 +23,18 @@ from packaging.version import Version
 
 from mini_r1 import InputError, hub
 from mini_r1.launch.plan import Machine, make_plan
-from mini_r1.model import EMBEDDED_BASES, is_local, model_path
+from mini_r1.model import EMBEDDED_BASES, adapter_base, is_local, model_folder, whole_model
+from mini_r1.model_files import (
+    CONFIG_FILE,
+    QUANTIZED_BY,
+    adapter_problems,
+    is_model,
+    quantized_by,
+    read_json,
+)
+from mini_r1.model_files import problems as file_problems
 from mini_r1.recipe import Recipe, load_recipe
-from mini_r1.run import folder_problems
+from mini_r1.run import folder_problems, is_run, weights_and_task, weights_of
 
 # Which package a key of a recipe needs.
 PACKAGE_OF = {
@@ -106,20 +117,112 @@ def _missing_packages(recipe: Recipe, launcher: str | None) -> Iterator[InputErr
             )
 
 
+def check_model(name: str, recipe_path: str | None = None) -> None:
+    """Refuse a run or model, named on the command line, that could not be loaded.
+
+    Raises:
+        InputError: the first of its problems.
+    """
+    weights, task, max_completion_length = weights_and_task(name, recipe_path)
+    lengths = (task.max_prompt_length, max_completion_length)
+    for problem in model_problems(weights, lengths=lengths):
+        raise InputError(problem.problem, where="RUN_OR_MODEL")
+
+
+def model_problems(
+    name: str,
+    revision: str | None = None,
+    lengths: tuple[int, int] | None = None,
+    above: tuple[str, ...] = (),
+) -> Iterator[InputError]:
+    """What makes a model useless here, told without loading it.
+
+    Args:
+        name: as a recipe has it.
+        lengths: the tokens of the longest prompt and of the longest completion.
+        above: the adapters that this is the base of.
+    """
+    # Where is it?
+    try:
+        name = weights_of(name)
+        folder = model_folder(name, revision)
+    except InputError as error:
+        yield error
+        return
+    on_hub = not is_local(name) and (folder is None or folder != Path(name))
+    if name not in EMBEDDED_BASES and on_hub:
+        refused = hub.refusal(name, "model", revision)
+        if refused is not None:
+            near = _nearest(name)
+            advice = f"; did you mean '{near}'?" if near else ""
+            yield InputError(refused.problem + advice, key=refused.key)
+        if refused is not None or folder is None or hub.unreachable() is None:
+            return  # what the cache lacks can still be fetched
+    if folder is None:
+        yield _no_model(name)
+        return
+
+    # What is in it?
+    base = None
+    try:
+        base = adapter_base(folder)
+    except InputError as error:
+        yield error
+        return
+    if base is None and not is_model(folder):
+        yield InputError(f"{folder} holds no model: no config.json in it", key="model_name_or_path")
+    elif base is None:
+        yield from file_problems(folder, lengths)
+    elif base in above or base == name:
+        yield InputError(f"{folder} is an adapter of itself", key="model_name_or_path")
+    else:
+        found = list(adapter_problems(folder))
+        yield from found
+        if not found:
+            for problem in model_problems(base, None, lengths, (*above, name)):
+                yield InputError(
+                    f"the base of the adapter {folder}: {problem.problem}", key=problem.key
+                )
+
+
 def _model(recipe: Recipe) -> Iterator[InputError]:
     key, name = "model_name_or_path", recipe.model["model_name_or_path"]
-    folder = Path(model_path(name))
-    if folder.is_dir():
-        if not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
-            yield InputError(f"{folder} holds no model: no config.json in it", key=key)
-    elif is_local(name):
+    lengths = (recipe.task.max_prompt_length, recipe.get("max_completion_length"))
+    revision = recipe.get("model_revision")
+    found = list(model_problems(name, revision, lengths))
+    yield from found
+    folder = None if found else model_folder(whole_model(weights_of(name), revision), revision)
+    if folder is None or not (folder / CONFIG_FILE).is_file():
+        return
+    method = quantized_by(read_json(folder / CONFIG_FILE))
+    if method in QUANTIZED_BY and not recipe.get("use_peft"):
         yield InputError(
-            f"no folder '{name}'; write a folder with a model, an id of the hub, or "
-            + EMBEDDED_BASES[0],
+            f"{name} is quantized by {method}, and such weights cannot be trained in full; write "
+            "use_peft: true, or a model in 16 bit",
             key=key,
         )
-    else:
-        yield from _on_hub(name, "model", recipe.get("model_revision"))
+
+
+def _no_model(name: str) -> InputError:
+    near = _nearest(name)
+    advice = f"write a folder with a model, an id of the hub, or {EMBEDDED_BASES[0]}"
+    if Path(name).is_file():
+        advice = "it is a file; write the folder that holds it"
+    elif near:
+        advice = f"did you mean '{near}'?"
+    return InputError(f"no run or model '{name}' here; {advice}", key="model_name_or_path")
+
+
+def _nearest(name: str) -> str | None:
+    """The embedded base, run or model folder here whose name is most like this one."""
+    spelt = {base: base for base in EMBEDDED_BASES}
+    for parent in dict.fromkeys((Path("runs"), Path(name).parent)):
+        with contextlib.suppress(OSError):
+            for folder in sorted(parent.iterdir()):
+                if is_run(folder) or is_model(folder):
+                    spelt |= {folder.name: str(folder), str(folder): str(folder)}
+    near = difflib.get_close_matches(name.rstrip("/"), spelt, n=1, cutoff=0.75)
+    return spelt[near[0]] if near else None
 
 
 def _data(recipe: Recipe) -> Iterator[InputError]:
@@ -136,9 +239,9 @@ def _data(recipe: Recipe) -> Iterator[InputError]:
         yield from _on_hub(source, "dataset")
 
 
-def _on_hub(name: str, kind: hub.Kind, revision: str | None = None) -> Iterator[InputError]:
+def _on_hub(name: str, kind: hub.Kind) -> Iterator[InputError]:
     """Whether the local cache has it, or the hub."""
-    refused = hub.refusal(name, kind, revision)
+    refused = hub.refusal(name, kind)
     if refused is not None:
         yield refused
 

@@ -35,6 +35,7 @@ ORDER = [
     "launch.slurm",
     "callbacks",
     "live",
+    "start",
     "evaluate",
     "play",
     "report.chart",

@@ -29,7 +29,7 @@ from typing import Any, NotRequired, TypedDict
 import yaml
 
 from mini_r1 import InputError
-from mini_r1.manifest import RunManifest
+from mini_r1.manifest import ModelRecord, RunManifest
 from mini_r1.model import EMBEDDED_BASES, model_path
 from mini_r1.model_files import is_model
 from mini_r1.recipe import Recipe, TaskConfig, default_of, load_recipe
@@ -41,6 +41,7 @@ SUMMARY_FILE = "summary.json"
 STATE_FILE = "trainer_state.json"
 REPORT_FILE = "report.html"
 EVAL_FOLDER, SAMPLES_FOLDER, LOGS_FOLDER = "eval", "samples", "logs"
+MERGED_FOLDER = "start"  # the adapter that a run starts from, merged, until it is loaded
 BEFORE, AFTER = "before", "after"  # the first and the last evaluation
 # Written into a checkpoint once every rank has finished its part: without it a kill tore it.
 COMPLETE_MARKER = "complete"
@@ -285,6 +286,23 @@ def finished_summary(recipe: Recipe) -> Summary | None:
     return None if extended else summary
 
 
+def check_same_start(run_dir: Path, model: ModelRecord) -> None:
+    """Whether a run that goes on starts from the very weights that it started from.
+
+    A reference model, or the base of an adapter, would silently be another one.
+
+    Raises:
+        InputError: they have changed.
+    """
+    earlier = _json(run_dir / MANIFEST_FILE)["model"]["sha256"]
+    if earlier is not None and model["sha256"] not in (earlier, None):
+        raise InputError(
+            f"the weights of '{model['name']}' have changed since {run_dir} began; restore them, "
+            "or choose another --output_dir",
+            key="model_name_or_path",
+        )
+
+
 def folder_problems(recipe: Recipe) -> Iterator[InputError]:
     """Whether the folder can be written, and holds nothing but earlier steps of this very run."""
     run_dir = recipe.run_dir
@@ -298,8 +316,9 @@ def folder_problems(recipe: Recipe) -> Iterator[InputError]:
             key="output_dir",
         )
         return
-    # A server that did not start leaves its log.
-    if ancestor != run_dir or {path.name for path in run_dir.iterdir()} <= {LOGS_FOLDER}:
+    # A server that did not start leaves its log, a start that was killed a merged model.
+    left_over = {LOGS_FOLDER, MERGED_FOLDER}
+    if ancestor != run_dir or {path.name for path in run_dir.iterdir()} <= left_over:
         return
     try:
         earlier = _yaml(run_dir / RECIPE_FILE)

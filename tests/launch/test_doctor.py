@@ -14,7 +14,7 @@ from mini_r1.launch import doctor
 from mini_r1.launch.plan import Machine
 from mini_r1.model import model_path
 from mini_r1.recipe import load_recipe
-from mini_r1.run import LOGS_FOLDER, RECIPE_FILE
+from mini_r1.run import LOGS_FOLDER, MERGED_FOLDER, RECIPE_FILE
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = RECIPES / "tiny-cpu.yaml"
@@ -112,6 +112,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     recipe = load_recipe(TINY, ["--output_dir", str(tmp_path)])
     assert not list(doctor.problems(recipe))
     (tmp_path / LOGS_FOLDER).mkdir()
+    (tmp_path / MERGED_FOLDER).mkdir()
     assert not list(doctor.problems(recipe))
     (tmp_path / "thesis.tex").touch()
     (problem,) = doctor.problems(recipe)

@@ -54,6 +54,7 @@ SIZES = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
 KINDS = {
     "gemma2": {"head_dim": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "llama": {},
     "mistral": {},
     "mixtral": {"num_local_experts": 4},
@@ -102,7 +103,7 @@ def test_a_model_of_any_kind_can_be_evaluated_and_trained(kind, tmp_path, capsys
     text = (ROOT / "recipes" / "tiny-cpu.yaml").read_text()
     recipe.write_text(text.replace("path: tiny_base\n", f"path: {tmp_path}/model\n"))
     assert main(["doctor", str(recipe)]) == 0
-    capsys.readouterr()
+    assert "an estimate: " in capsys.readouterr().out
     short = ["--recipe", str(recipe), "--num-puzzles", "2", "--num-samples", "1"]
     assert main(["eval", str(tmp_path / "model"), *short]) == 0
     check_run(train(tmp_path / "run", model_name_or_path=tmp_path / "model"))

@@ -177,6 +177,17 @@ def test_quantized_weights_are_not_trained_in_full(tmp_path):
     assert told(model, "--use_peft") == []
 
 
+def test_experts_are_adapted_without_dropout(tmp_path):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    kind = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 32}
+    model = copy_of_the_base(tmp_path / "model", **experts, **kind)
+    lora = ["--use_peft", "--lora_target_modules"]
+    assert "write lora_dropout: 0, or only projections" in told(model, *lora, "all-linear")[0]
+    assert told(model, *lora, "all-linear", "--lora_dropout", "0") == []
+    assert told(model, *lora, "q_proj", "v_proj") == []
+    assert told(model) == []
+
+
 def test_a_run_stands_for_its_newest_weights(tmp_path):
     run = copy_of_the_base(tmp_path / "run")
     shutil.copy(Path(model_path("tiny_base")) / RECIPE_FILE, run)
@@ -228,3 +239,19 @@ def test_a_run_or_model_that_was_misspelt_is_suggested_at_once(tmp_path, capsys,
 def test_eval_refuses_more_tokens_than_a_model_has_positions(tmp_path, capsys):
     assert main(["eval", str(copy_of_the_base(tmp_path / "m"))]) == 2
     assert "has 512 positions, fewer than" in capsys.readouterr().err
+
+
+# ---- The disk -------------------------------------------------------------------------------
+
+
+def test_checkpoints_must_fit_on_the_disk(tmp_path):
+    config = json.loads((Path(model_path("tiny_base")) / "config.json").read_text())
+    config |= {"hidden_size": 10**8, "intermediate_size": 10**8, "max_position_embeddings": 2000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    output = ["--output_dir", str(tmp_path / "run")]
+    *_, problem = told(tmp_path, *output)
+    assert "3 checkpoints of " in problem
+    assert f"GB are free in {tmp_path}; write a lower save_total_limit, or choose" in problem
+    *_, problem = told(tmp_path, *output, "--save_total_limit", "1")
+    assert "2 checkpoints of " in problem
+    assert "free in" not in " ".join(told("tiny_base", *output))

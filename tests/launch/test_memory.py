@@ -11,6 +11,7 @@ from mini_r1.launch.memory import (
     QWEN,
     UNGATED,
     computes_in_16_bit,
+    disk_bytes,
     estimate_memory,
     model_shape,
     peak,
@@ -189,6 +190,25 @@ def test_what_training_takes_on_a_cpu_was_measured(batch, tokens, overrides, mea
     for processes, gpu_memory in ((1, 0.0), (1, 80.0)):  # a GPU beside it changes nothing
         memory = estimate_memory(recipe, processes, gpu_memory)
         assert peak(memory, recipe) == pytest.approx(measured, rel=0.25)
+
+
+def test_what_a_run_keeps_on_the_disk():
+    # Of 3B: 3.09e9 parameters of 4 bytes, with Adam's moments 12; ZeRO-3 2 and 14.
+    shape = QWEN["3B"]
+    recipe = load_recipe(RECIPES / "grpo-qwen-2.5-3b-1gpu.yaml")
+    number, checkpoint, model = disk_bytes(shape, recipe, sharded=False)
+    assert (number, round(checkpoint / 1e9), round(model / 1e9)) == (3, 37, 12)
+    _, checkpoint, model = disk_bytes(shape, recipe, sharded=True)
+    assert (round(checkpoint / 1e9), round(model / 1e9)) == (43, 6)
+    for changes, expected in (
+        (["--save_total_limit", "1"], 2),
+        (["--max_steps", "10", "--save_steps", "10"], 1),
+        (["--save_strategy", "no"], 0),
+        (["--save_steps", "0.5"], 2),
+    ):
+        assert disk_bytes(shape, load_recipe(recipe.path, changes), sharded=False)[0] == expected
+    lora = load_recipe(recipe.path, ["--use_peft", "--save_only_model"])
+    assert disk_bytes(shape, lora, sharded=True)[1] < 0.2e9
 
 
 @pytest.mark.parametrize(("gpus", "gigabytes"), [(None, 120), (64, 1.9)])

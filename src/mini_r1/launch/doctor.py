@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from mini_r1 import InputError, hub
+from mini_r1.launch.memory import disk_bytes, model_shape
 from mini_r1.launch.plan import Machine, make_plan
 from mini_r1.model import EMBEDDED_BASES, adapter_base, is_local, model_folder, whole_model
 from mini_r1.model_files import (
@@ -34,7 +35,14 @@ from mini_r1.model_files import (
 )
 from mini_r1.model_files import problems as file_problems
 from mini_r1.recipe import Recipe, load_recipe
-from mini_r1.run import folder_problems, is_run, weights_and_task, weights_of
+from mini_r1.run import (
+    checkpoints,
+    finished_summary,
+    folder_problems,
+    is_run,
+    weights_and_task,
+    weights_of,
+)
 
 # Which package a key of a recipe needs.
 PACKAGE_OF = {
@@ -44,6 +52,7 @@ PACKAGE_OF = {
     "load_in_8bit": "bitsandbytes",
 }
 TRACKERS = ("wandb", "trackio")  # of those that report_to can name; TensorBoard is always there
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}  # of lora_target_modules
 INSTALL_EXTRA = "run pip install -c constraints.txt -e '.[gpu]'"
 
 
@@ -96,6 +105,7 @@ def problems(recipe: Recipe, launcher: str | None = None) -> Iterator[InputError
     yield from folder_problems(recipe)
     yield from _model(recipe)
     yield from _data(recipe)
+    yield from _disk(recipe, launcher)
 
 
 def _missing_packages(recipe: Recipe, launcher: str | None) -> Iterator[InputError]:
@@ -201,6 +211,14 @@ def _model(recipe: Recipe) -> Iterator[InputError]:
             "use_peft: true, or a model in 16 bit",
             key=key,
         )
+    shape, targets = model_shape(name), set(recipe.get("lora_target_modules") or ())
+    adapts_experts = shape is not None and shape.num_experts > 0 and bool(targets - ATTENTION)
+    if recipe.get("use_peft") and adapts_experts and recipe.get("lora_dropout"):
+        yield InputError(
+            f"PEFT adapts the experts of {name} without dropout only; write lora_dropout: 0, or "
+            "only projections of attention as lora_target_modules",
+            key="lora_dropout",
+        )
 
 
 def _no_model(name: str) -> InputError:
@@ -223,6 +241,29 @@ def _nearest(name: str) -> str | None:
                     spelt |= {folder.name: str(folder), str(folder): str(folder)}
     near = difflib.get_close_matches(name.rstrip("/"), spelt, n=1, cutoff=0.75)
     return spelt[near[0]] if near else None
+
+
+def _disk(recipe: Recipe, launcher: str | None) -> Iterator[InputError]:
+    """Whether the checkpoints and the trained model fit on the disk."""
+    shape = model_shape(recipe.model["model_name_or_path"])
+    if shape is None or finished_summary(recipe) is not None:
+        return
+    sharded = launcher == "deepspeed_zero3" or bool(os.environ.get("ACCELERATE_USE_DEEPSPEED"))
+    number, checkpoint, model = disk_bytes(shape, recipe, sharded)
+    run_dir = recipe.run_dir
+    ancestor = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    # A run that goes on replaces the checkpoints that it has.
+    files = (file for old in checkpoints(run_dir) for file in old.rglob("*") if file.is_file())
+    free = shutil.disk_usage(ancestor).free + sum(file.stat().st_size for file in files)
+    needed = number * checkpoint + model
+    if needed > free:
+        fewer = "write a lower save_total_limit, or " if number > 2 else ""
+        yield InputError(
+            f"{number} checkpoints of {checkpoint / 1e9:.1f} GB and the trained model of "
+            f"{model / 1e9:.1f} GB take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in "
+            f"{ancestor}; {fewer}choose another --output_dir",
+            key="output_dir",
+        )
 
 
 def _data(recipe: Recipe) -> Iterator[InputError]:

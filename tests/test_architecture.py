@@ -23,6 +23,8 @@ ORDER = [
     "keys",
     "syntax",
     "conflicts",
+    "hub",
+    "model_files",
     "recipe",
     "catalog",
     "model",
@@ -37,6 +39,7 @@ ORDER = [
     "launch.slurm",
     "callbacks",
     "live",
+    "start",
     "evaluate",
     "play",
     "report.chart",
@@ -107,7 +110,8 @@ def test_no_ml_library_before_it_is_needed():
 def test_the_command_line_imports_late():
     code = "import sys, mini_r1.cli; print(*(n for n in sys.modules if n.startswith('mini_r1.')))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert set(done.stdout.split()) == {"mini_r1.cli", "mini_r1.model"}
+    of_model = {"mini_r1.hub", "mini_r1.model_files", "mini_r1.quirks"}
+    assert set(done.stdout.split()) == {"mini_r1.cli", "mini_r1.model", *of_model}
 
 
 def test_only_run_knows_the_name_of_the_recipe_file():

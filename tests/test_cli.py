@@ -101,7 +101,7 @@ def test_data_build_and_check(tmp_path, capsys):
         ),
         (["doctor", "--gpus", "4"], "--gpus and --gpu-memory: give both"),
         (["pause", "no-such-run"], "no-such-run: no run; want a folder such as runs/tiny-cpu"),
-        (["eval", "no/such-model"], "cannot be loaded"),
+        (["eval", "no/such-model"], "is not in the cache"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):

@@ -1,4 +1,8 @@
 import json
+import shutil
+from pathlib import Path
+
+import torch
 
 from mini_r1.manifest import build_manifest, weights_hash
 from mini_r1.model import model_path
@@ -18,3 +22,34 @@ def test_manifest_names_what_produced_a_run():
 
 def test_weights_of_the_hub_have_no_local_hash():
     assert weights_hash("owner/model") is None
+
+
+def adapter(folder, base, weights):
+    folder.mkdir(exist_ok=True)
+    config = {"base_model_name_or_path": base, "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    return folder
+
+
+def test_the_hash_of_an_adapter_is_of_its_base_too(tmp_path):
+    folder = tmp_path / "adapter"
+    small, hard = (weights_hash(adapter(folder, b, b"1")) for b in ("tiny_base", "tiny_base_hard"))
+    other = weights_hash(adapter(folder, "tiny_base", b"2"))
+    hub = weights_hash(adapter(folder, "owner/model", b"1"))
+    assert len({small, hard, other, hub}) == 4
+    recipe, data = {"model_name_or_path": str(folder)}, {"sha256": "x"}
+    adapter(folder, "tiny_base", b"1")
+    model = build_manifest(recipe, str(folder), None, data)["model"]
+    assert model == {"name": str(folder), "sha256": small, "revision": None, "base": "tiny_base"}
+
+
+def test_pickled_weights_have_a_hash(tmp_path):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "pytorch_model.bin")
+    first = weights_hash(tmp_path)
+    torch.save({"a": torch.ones(3)}, tmp_path / "pytorch_model.bin")
+    assert first != weights_hash(tmp_path) is not None
+    # What a run writes beside the weights is not hashed.
+    torch.save({}, tmp_path / "training_args.bin")
+    shutil.copy(Path(model_path("tiny_base")) / "model.safetensors", tmp_path)
+    assert weights_hash(tmp_path) == weights_hash(model_path("tiny_base"))

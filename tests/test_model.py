@@ -1,13 +1,29 @@
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from mini_r1 import InputError
 from mini_r1.bases.cold_start import COLD_STARTS
 from mini_r1.manifest import weights_hash
-from mini_r1.model import EMBEDDED_BASES, load_model, load_tokenizer, model_path
+from mini_r1.model import (
+    EMBEDDED_BASES,
+    adapter_base,
+    check_weights,
+    is_local,
+    load_merged,
+    load_model,
+    load_tokenizer,
+    model_path,
+    settle_generation,
+    tokenizer_path,
+    whole_model,
+)
 from mini_r1.run import MANIFEST_FILE
 
 
@@ -49,5 +65,158 @@ def test_the_embedded_base_loads_with_plain_auto_classes():
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_a_model_that_cannot_be_had_is_explained(load):
-    with pytest.raises(InputError, match=r"'no/such-model' cannot be loaded .* or tiny_base"):
+    with pytest.raises(InputError, match=r"'no/such-model' is not in the cache .* or tiny_base"):
         load("no/such-model")
+    with pytest.raises(InputError, match="no run or model 'tiny_bas' here"):
+        load("tiny_bas")
+
+
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [
+        ("Qwen/Qwen2.5-3B", False),
+        ("runs/tiny-cpu", True),
+        ("./model", True),
+        ("tiny_bas", True),
+        ("a/b/c", True),
+    ],
+)
+def test_which_names_cannot_be_of_the_hub(name, local):
+    assert is_local(name) is local
+
+
+# ---- What only loading tells ----------------------------------------------------------------
+
+
+def damaged(folder, **tensors):
+    """The embedded base with other tensors; None takes one away."""
+    shutil.copytree(model_path("tiny_base"), folder)
+    weights = load_file(folder / "model.safetensors") | tensors
+    kept = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors")
+    return str(folder)
+
+
+@pytest.mark.parametrize("check", [load_model, check_weights])
+def test_weights_that_would_be_random_are_refused(check, tmp_path, capsys):
+    missing = damaged(tmp_path / "a", **{"model.layers.1.mlp.up_proj.weight": None})
+    with pytest.raises(
+        InputError, match=r"1 of its weights are missing.* model\.layers\.1\.mlp\.up"
+    ):
+        check(missing)
+    wrong = damaged(tmp_path / "b", **{"model.layers.1.mlp.up_proj.weight": torch.zeros(3, 128)})
+    with pytest.raises(InputError, match=r"up_proj\.weight is 3 x 128, not 512 x 128"):
+        check(wrong)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_checking_the_weights_of_a_sound_model_says_nothing():
+    check_weights("tiny_base")
+
+
+def test_a_bert_is_not_evaluated_as_if_it_continued_text(tmp_path):
+    folder = Path(damaged(tmp_path / "bert"))
+    config = json.loads((folder / "config.json").read_text())
+    changed = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+    (folder / "config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(InputError, match="is a BertForMaskedLM, no causal language model"):
+        load_model(str(folder))
+
+
+def test_a_generation_config_that_contradicts_itself_can_be_saved(tmp_path):
+    # As Llama-2-chat's; transformers refuses to save it, at the first checkpoint.
+    folder = Path(damaged(tmp_path / "chat"))
+    (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
+    model = load_model(str(folder))
+    with pytest.raises(ValueError, match="temperature"):
+        model.save_pretrained(tmp_path / "saved")
+    settle_generation(model)
+    model.save_pretrained(tmp_path / "saved")
+
+
+# ---- Adapters -------------------------------------------------------------------------------
+
+
+def adapt(base, folder, names=None):
+    """An adapter with random weights on a base, saved; it names the base so."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(load_merged(base) or load_model(base), config)
+    adapted.peft_config["default"].base_model_name_or_path = names or base
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    return str(folder)
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(torch.arange(20)[None]).logits
+
+
+def test_an_adapter_is_applied_as_it_was_trained_and_can_be_merged(tmp_path):
+    adapter = adapt("tiny_base", tmp_path / "adapter")
+    applied, merged = load_model(adapter), load_merged(adapter)
+    assert isinstance(applied, PeftModel)
+    assert not isinstance(merged, PeftModel)
+    assert merged.num_parameters() == load_model("tiny_base").num_parameters()
+    assert torch.allclose(logits(applied), logits(merged), atol=1e-3)
+    assert not torch.allclose(logits(applied), logits(load_model("tiny_base")), atol=0.1)
+    assert load_merged("tiny_base") is None
+
+
+def test_a_merged_model_has_its_bases_dtype(tmp_path):
+    load_model("tiny_base").to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    for file in Path(model_path("tiny_base")).glob("*token*"):
+        shutil.copy(file, tmp_path / "half")
+    merged = load_merged(adapt(str(tmp_path / "half"), tmp_path / "adapter"))
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+
+
+def test_an_adapter_of_an_adapter(tmp_path):
+    first = adapt("tiny_base", tmp_path / "first")
+    second = adapt(first, tmp_path / "second")
+    assert whole_model(second) == "tiny_base"
+    bottom = load_merged(first)
+    expected = PeftModel.from_pretrained(bottom, second)
+    assert torch.allclose(logits(load_model(second)), logits(expected), atol=1e-5)
+    # Saved without one, it has its base's tokenizer.
+    assert tokenizer_path(second) == model_path("tiny_base")
+
+
+def test_the_base_of_an_adapter_is_found_from_anywhere(tmp_path, monkeypatch):
+    project, base = tmp_path / "project", tmp_path / "project" / "models" / "mine"
+    base.mkdir(parents=True)
+    for written, found in (
+        ("models/mine", str(base)),
+        (str(base), str(base)),
+        ("tiny_base", "tiny_base"),
+        # Runs of before stored where it lay.
+        ("/home/somebody/mini-r1/src/mini_r1/bases/tiny_base", "tiny_base"),
+        ("owner/model", "owner/model"),
+    ):
+        folder = project / "runs" / "a"
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"base_model_name_or_path": written, "peft_type": "LORA"}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        assert adapter_base(folder) == found
+    monkeypatch.chdir(project)
+    config["base_model_name_or_path"] = "models/mine"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert adapter_base(Path("runs/a")) == "models/mine"
+    assert adapter_base(base) is None
+
+
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
+    adapter = Path(adapt("tiny_base", tmp_path / "a"))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = sorted(weights)[0]
+    save_file(weights | {name: torch.zeros(7, 7)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="size mismatch"):
+        load_model(str(adapter))
+    del weights[name]
+    save_file(weights, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="missing adapter keys"):
+        load_model(str(adapter))
+    itself = adapt("tiny_base", tmp_path / "b", names=str(tmp_path / "b"))
+    with pytest.raises(InputError, match="is an adapter of itself"):
+        load_model(itself)
+    assert whole_model(itself) == itself

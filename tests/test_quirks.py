@@ -1,5 +1,6 @@
 """Each quirk is still needed: a test here that fails says that its function can go."""
 
+import importlib
 import inspect
 import logging
 import re
@@ -70,6 +71,17 @@ def test_the_libraries_complain_at_import_unless_quieted(library, monkeypatch):
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         complaints = re.findall("Setting accelerator to CPU|Failed to load CPU", str(done))
         assert (complaints == []) is quiet
+
+
+@pytest.mark.parametrize("library", ["huggingface_hub.constants", "datasets.config"])
+def test_libraries_read_whether_they_are_offline_at_import_only(library, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    module = importlib.import_module(library)
+    monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert module.HF_HUB_OFFLINE is False
+    quirks.go_offline()
+    assert module.HF_HUB_OFFLINE is True
 
 
 def test_a_numbered_cpu_cannot_be_loaded_to(tmp_path):

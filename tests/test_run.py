@@ -6,10 +6,14 @@ import pytest
 from mini_r1 import InputError
 from mini_r1.run import (
     COMPLETE_MARKER,
+    MANIFEST_FILE,
+    check_same_start,
     checkpoint_to_resume,
     last_complete_checkpoint,
     run_weights,
+    weights_of,
     write_json,
+    write_recipe,
 )
 
 # ---- Writing --------------------------------------------------------------------------------
@@ -42,8 +46,25 @@ def test_only_complete_checkpoints_count(tmp_path):
         if step < 20:
             (tmp_path / f"checkpoint-{step}" / COMPLETE_MARKER).touch()
     assert last_complete_checkpoint(tmp_path) == run_weights(tmp_path) == tmp_path / "checkpoint-10"
+    assert weights_of(str(tmp_path)) == str(tmp_path)  # no run yet: no recipe
+    write_recipe(tmp_path, {})
+    assert weights_of(str(tmp_path)) == str(tmp_path / "checkpoint-10")
     (tmp_path / "config.json").touch()
     assert run_weights(tmp_path) == tmp_path
+    for name in ("tiny_base", "owner/model", "./no/such/folder"):
+        assert weights_of(name) == name
+
+
+def test_a_run_goes_on_from_the_weights_it_began_with(tmp_path):
+    def model(sha256):
+        return {"name": "runs/a", "sha256": sha256, "revision": None}
+
+    write_json(tmp_path / MANIFEST_FILE, {"model": model("1")})
+    check_same_start(tmp_path, model("1"))
+    with pytest.raises(InputError, match="the weights of 'runs/a' have changed since"):
+        check_same_start(tmp_path, model("2"))
+    write_json(tmp_path / MANIFEST_FILE, {"model": model(None)})
+    check_same_start(tmp_path, model("2"))
 
 
 def test_torn_checkpoints_are_removed_and_the_last_complete_one_is_resumed(tmp_path, capsys):

@@ -9,6 +9,7 @@ from mini_r1 import InputError
 from mini_r1.model import load_tokenizer
 from mini_r1.recipe import load_recipe
 from mini_r1.rollouts import RolloutRecorder
+from mini_r1.start import Start
 from mini_r1.train import _arguments, _build_trainer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny-cpu.yaml"
@@ -18,9 +19,9 @@ def build(tmp_path, *overrides):
     recipe = load_recipe(RECIPE, ["--output_dir", str(tmp_path / "run"), *overrides])
     model_args, args, _ = _arguments(recipe)
     dataset = Dataset.from_list([{"prompt": "x", "nums": [1, 2, 3], "target": 6}] * 64)
-    return _build_trainer(
-        recipe, model_args, args, dataset, load_tokenizer("tiny_base"), RolloutRecorder(tmp_path)
-    )
+    tokenizer, recorder = load_tokenizer("tiny_base"), RolloutRecorder(tmp_path)
+    weights = Start(recipe).folder
+    return _build_trainer(recipe, model_args, args, dataset, tokenizer, recorder, weights)
 
 
 def test_dtype_and_attention_reach_the_model(tmp_path):
@@ -57,7 +58,7 @@ def test_rewards_and_their_weights_reach_the_trainer(tmp_path):
     [
         (["--load_in_8bit", "--load_in_4bit"], "8"),
         (["--num_generations", "5"], "divisible"),
-        (["--model_name_or_path", "no/such-model"], "cannot be loaded"),
+        (["--model_name_or_path", "no/such-model"], "is not in the cache"),
         (
             ["--num_generations", "2", "--per_device_train_batch_size", "64"],
             "one generation batch takes 256",

@@ -102,6 +102,17 @@ class HeldOutEvaluation(TrainerCallback):
         return result
 
 
+class CheckpointSigner(TrainerCallback):
+    """Hands each checkpoint to `sign` before it is marked, on the main process."""
+
+    def __init__(self, sign: Callable[[Path], None]):
+        self._sign = sign
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._sign(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
 class CheckpointMarker(TrainerCallback):
     """Marks a checkpoint as complete after all ranks have written their part."""
 

@@ -120,6 +120,9 @@ def _machine(args: argparse.Namespace) -> "Machine":
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    from mini_r1.launch.doctor import check_model
+
+    check_model(args.model, args.recipe)  # before the slow imports
     from mini_r1.evaluate import evaluate_model
 
     result = evaluate_model(
@@ -168,6 +171,9 @@ def pause(args: argparse.Namespace) -> None:
 
 
 def play(args: argparse.Namespace) -> None:
+    from mini_r1.launch.doctor import check_model
+
+    check_model(args.model)  # before the slow imports
     from mini_r1.play import play as play_puzzle
 
     play_puzzle(args.model, args.nums, args.target, args.compare, args.temperature, args.seed)

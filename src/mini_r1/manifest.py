@@ -10,7 +10,9 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
+
+from mini_r1.model import adapter_base, model_path
 
 PACKAGES = (
     "mini-r1",
@@ -44,11 +46,15 @@ class GitState(TypedDict):
 
 
 class ModelRecord(TypedDict):
-    """The model that a run starts from: `sha256` of a local one, `revision` of one of the hub."""
+    """The model that a run starts from: `sha256` of a local one, `revision` of one of the hub.
+
+    `base` is what an adapter was trained on; `sha256` is then of both.
+    """
 
     name: str
     sha256: str | None
     revision: str | None
+    base: NotRequired[str]
 
 
 class DataRecord(TypedDict):
@@ -75,15 +81,23 @@ class RunManifest(TypedDict):
 
 
 def build_manifest(
-    recipe: Mapping[str, Any], model_path: str, model_revision: str | None, data: DataRecord
+    recipe: Mapping[str, Any], weights: str, model_revision: str | None, data: DataRecord
 ) -> RunManifest:
     """The record of a run that starts now.
 
     Args:
         recipe: the resolved recipe.
-        model_path: a local folder, whose weights are hashed, or a hub id.
+        weights: what its model's name stands for: a local folder, which is hashed, or a hub id.
         model_revision: the commit of a hub model.
     """
+    model: ModelRecord = {
+        "name": recipe["model_name_or_path"],
+        "sha256": weights_hash(weights),
+        "revision": model_revision,
+    }
+    base = adapter_base(Path(weights))
+    if base is not None:
+        model["base"] = base
     return {
         "command": sys.argv,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -91,11 +105,7 @@ def build_manifest(
         "hardware": hardware(),
         "git": _git_state(),
         "recipe_sha256": sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
-        "model": {
-            "name": recipe["model_name_or_path"],
-            "sha256": weights_hash(model_path),
-            "revision": model_revision,
-        },
+        "model": model,
         "data": data,
     }
 
@@ -125,17 +135,23 @@ def hardware() -> Hardware:
     }
 
 
-def weights_hash(model_path: str | Path) -> str | None:
-    """SHA-256 over the safetensors files of a local model folder, in the order of their names.
+def weights_hash(folder: str | Path) -> str | None:
+    """SHA-256 over the weights of a local model folder, in the order of their names.
 
-    None for anything else.
+    Of an adapter, over those of its base before them. None for what is no local model.
     """
-    files = sorted(Path(model_path).glob("*.safetensors"))
+    folder = Path(folder)
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*_model*.bin"))
     if not files:
         return None
     digest = sha256()
+    base = adapter_base(folder)
+    if base is not None:
+        digest.update((weights_hash(model_path(base)) or base).encode())
     for file in files:
-        digest.update(file.read_bytes())
+        with file.open("rb") as weights:
+            while block := weights.read(2**20):
+                digest.update(block)
     return digest.hexdigest()
 
 

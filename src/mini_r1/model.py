@@ -1,14 +1,29 @@
 """A name -> weights and tokenizer: an embedded base, a folder, a run, or a model of the hub."""
 
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from mini_r1 import InputError, one_line
+from mini_r1 import InputError, hub, one_line, quirks
+from mini_r1.model_files import (
+    CONFIG_FILE,
+    TOKENIZER_FILES,
+    adapter_config,
+    config_problems,
+    problems,
+    quantized_by,
+    read_json,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED_BASES = ("tiny_base", "tiny_base_hard")  # folders of bases/; bases.cold_start makes them
+
+
+# ---- Names ----------------------------------------------------------------------------------
 
 
 def model_path(name: str) -> str:
@@ -18,7 +33,78 @@ def model_path(name: str) -> str:
 
 def is_local(name: str) -> bool:
     """Whether a name can only mean a file or folder: ids of the hub are `owner/name`."""
-    return name.startswith((".", "/", "~")) or name.count("/") != 1
+    return name.startswith((".", "/", "~", "runs/")) or name.count("/") != 1
+
+
+def model_folder(name: str, revision: str | None = None) -> Path | None:
+    """Where the files of a model lie: in its folder, or what the cache has of one of the hub.
+
+    None if they are not on this machine.
+    """
+    folder = Path(model_path(name))
+    if folder.is_dir() or is_local(name):
+        return folder if folder.is_dir() else None
+    return hub.cached(name, "model", revision)
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The name of the base that an adapter goes with; None if the folder holds no adapter.
+
+    A relative folder is looked for from here, then beside the adapter and above it, so that a run
+    can be used from anywhere. Runs that stored where an embedded base lay mean that base.
+
+    Raises:
+        InputError: adapter_config.json cannot be read.
+    """
+    config = adapter_config(folder)
+    if config is None:
+        return None
+    base = Path(str(config.get("base_model_name_or_path")))
+    if str(base) in EMBEDDED_BASES or base.is_dir():
+        return str(base)
+    if base.name in EMBEDDED_BASES and base.parent.name == "bases":
+        return base.name
+    places = (above / base for above in (folder, *folder.absolute().parents))
+    return next((str(place) for place in places if place.is_dir()), str(base))
+
+
+def whole_model(name: str, revision: str | None = None) -> str:
+    """The model that an adapter, or an adapter of an adapter, was trained on; else the name.
+
+    For those who need a model's shape, and its weights only later.
+    """
+    seen: set[str] = set()
+    while name not in seen:
+        seen.add(name)
+        folder = model_folder(name, revision)
+        base = adapter_base(folder) if folder else None
+        name, revision = base or name, revision if base is None else None
+    return name
+
+
+def tokenizer_path(name: str, revision: str | None = None) -> str:
+    """Where a model's tokenizer is: an adapter saved without one was trained with its base's.
+
+    Raises:
+        InputError: neither here nor to be had.
+    """
+    _require(name, revision)
+    folder = model_folder(name, revision)
+    base = adapter_base(folder) if folder else None
+    has_one = folder and any((folder / file).is_file() for file in TOKENIZER_FILES)
+    return model_path(name) if base is None or has_one else tokenizer_path(base)
+
+
+def _require(name: str, revision: str | None) -> None:
+    """Refuse at once what is neither here nor to be had."""
+    if Path(model_path(name)).is_dir():
+        return
+    if is_local(name):
+        raise InputError(f"no run or model '{name}' here", key="model_name_or_path")
+    hub.require(name, "model", revision)
+
+
+# ---- Loading --------------------------------------------------------------------------------
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
@@ -30,38 +116,174 @@ def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokeniz
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path(name), revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path(name, revision), revision=revision)
     except (OSError, ValueError) as error:
         raise model_error(name, error) from error
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def load_model(name: str, revision: str | None = None) -> "PreTrainedModel":
-    """A causal language model for generation, LoRA adapters applied.
+    """A causal language model for generation, in its own dtype, on the GPU if there is one.
 
-    In its own dtype, on the GPU if there is one.
+    An adapter is applied to its base, and kept apart from it: as it was trained.
 
     Raises:
         InputError: it cannot be had; names an embedded base, which always can.
     """
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_path(name), revision=revision, dtype="auto"
-        )
-    except (OSError, ValueError) as error:
-        raise model_error(name, error) from error
+    model = _load(name, revision)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_merged(name: str, revision: str | None = None) -> "PreTrainedModel | None":
+    """A LoRA adapter merged into its base, in the base's dtype; None if `name` is no adapter.
+
+    What is trained from an adapter starts from this.
+
+    Raises:
+        InputError: adapter or base cannot be had.
+    """
+    if find_adapter(name, revision) is None:
+        return None
+    model = _merged(_load(name, revision))
+    settle_generation(model)
+    return model
+
+
+def find_adapter(name: str, revision: str | None = None) -> Path | None:
+    """The folder of an adapter, here or in the cache; None if `name` is a whole model.
+
+    Asks the hub for its adapter_config.json where that is not in the cache yet.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    _require(name, revision)
+    with _loading(name):
+        file = find_adapter_config_file(model_path(name), revision=revision)
+    return Path(file).parent if file else None
+
+
+def check_weights(name: str, revision: str | None = None) -> None:
+    """Whether a model's files hold all its weights, in the shapes that config.json says.
+
+    Asks transformers' own class, on the meta device: nothing is computed or kept.
+
+    Raises:
+        InputError: with the first that is missing or of another shape.
+    """
+    folder = _checked_folder(name, revision)
+    if not quantized_by(read_json(folder / CONFIG_FILE)):  # what is packed has other shapes
+        _load_whole(name, revision, device_map="meta")
+
+
+def settle_generation(model: "PreTrainedModel") -> None:
+    """Let a model be saved whose generation_config.json contradicts itself.
+
+    Some, such as Llama-2-chat, name a temperature and do not sample. transformers loads them, and
+    refuses to save them: at the first checkpoint.
+    """
+    if model.generation_config is None:
+        return
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
+
+
+def _load(name: str, revision: str | None, above: tuple[str, ...] = ()) -> "PreTrainedModel":
+    """A model; an adapter as a PeftModel."""
+    folder = find_adapter(name, revision)
+    if folder is None:
+        return _load_whole(name, revision)
+    config, base = adapter_config(folder) or {}, str(adapter_base(folder))
+    if base in above:
+        raise InputError(f"'{name}' is an adapter of itself", key="model_name_or_path")
+    import torch
+
+    if not torch.cuda.is_available():
+        quirks.quiet_cpu_imports()
+    from peft import PeftModel
+
+    model = _merged(_load(base, config.get("revision"), (*above, name)))
+
+    with _loading(name), warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    return cast("PreTrainedModel", adapted)
+
+
+def _merged(model: "PreTrainedModel") -> "PreTrainedModel":
+    from peft import PeftModel
+
+    return model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+
+
+def _checked_folder(name: str, revision: str | None) -> Path:
+    """Where config.json is, which of a hub's model is fetched first, once its model may be used."""
+    from transformers.utils import cached_file
+
+    with _loading(name):
+        config = cached_file(model_path(name), CONFIG_FILE, revision=revision)
+    folder = Path(str(config)).parent
+    for problem in problems(folder) if Path(model_path(name)).is_dir() else config_problems(folder):
+        raise problem
+    return folder
+
+
+def _load_whole(name: str, revision: str | None, **how: Any) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    _checked_folder(name, revision)
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of missing weights is a table; ours is a line
+    try:
+        with _loading(name):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                model_path(name),
+                revision=revision,
+                dtype="auto",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **how,
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    model, found = loaded
+    for weight, written, wanted in sorted(found["mismatched_keys"]):
+        shapes = [" x ".join(map(str, shape)) for shape in (written, wanted)]
+        raise InputError(
+            f"'{name}' cannot be used: {weight} is {shapes[0]}, not {shapes[1]}; weights and "
+            "config.json are of different models",
+            key="model_name_or_path",
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise InputError(
+            f"'{name}' cannot be used: {len(missing)} of its weights are missing, the first is "
+            f"{missing[0]}; weights and config.json are of different models",
+            key="model_name_or_path",
+        )
+    return model
+
+
+@contextmanager
+def _loading(name: str) -> Generator[None]:
+    """Whatever a library says about files it cannot use becomes one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise model_error(name, error) from error
 
 
 def model_error(name: str, error: Exception) -> InputError:
     """What to tell a user whose model cannot be loaded, in one line."""
+    here = Path(model_path(name)).is_dir()
+    instead = "" if here else f"; without network write a local folder or {EMBEDDED_BASES[0]}"
     return InputError(
-        f"'{name}' cannot be loaded ({one_line(error, 200)}); "
-        f"without network write a local folder or {EMBEDDED_BASES[0]}",
-        key="model_name_or_path",
+        f"'{name}' cannot be loaded ({one_line(error, 200)}){instead}", key="model_name_or_path"
     )

@@ -29,7 +29,7 @@ from mini_r1.evaluate import sampling
 from mini_r1.model import load_model, load_tokenizer
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TaskConfig
-from mini_r1.run import is_run, recipe_of, weights_and_task
+from mini_r1.run import is_run, recipe_of, weights_and_task, weights_of
 
 Write = Callable[[str], Any]
 NARROWEST_COLUMN = 30  # characters; below twice that, two texts are written one after the other
@@ -182,4 +182,4 @@ def _base_of(name: str) -> str:
         raise InputError(
             f"{name} is no run, so there is no base to compare it with", where="--compare"
         )
-    return recipe_of(Path(name))["model_name_or_path"]
+    return weights_of(recipe_of(Path(name))["model_name_or_path"])

@@ -7,6 +7,7 @@ goes. Imports are late, since most of these libraries are slow to import.
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,17 @@ def quiet_cpu_imports() -> None:
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def go_offline() -> None:
+    """Tell the libraries of this process, and the processes it starts, to ask the hub for nothing.
+
+    huggingface_hub 1.33 and datasets 5.2 read HF_HUB_OFFLINE once, when they are imported.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        if module in sys.modules:
+            setattr(sys.modules[module], "HF_HUB_OFFLINE", True)  # noqa: B010
 
 
 def unnumber_cpu(args: "GRPOConfig") -> None:

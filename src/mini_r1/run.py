@@ -29,8 +29,9 @@ from typing import Any, NotRequired, TypedDict
 import yaml
 
 from mini_r1 import InputError
-from mini_r1.manifest import RunManifest
-from mini_r1.model import model_path
+from mini_r1.manifest import ModelRecord, RunManifest
+from mini_r1.model import EMBEDDED_BASES, model_path
+from mini_r1.model_files import is_model
 from mini_r1.recipe import Recipe, TaskConfig, default_of, load_recipe
 from mini_r1.rollouts import ALL_FILE, Rollout, read_samples
 
@@ -40,6 +41,7 @@ SUMMARY_FILE = "summary.json"
 STATE_FILE = "trainer_state.json"
 REPORT_FILE = "report.html"
 EVAL_FOLDER, SAMPLES_FOLDER, LOGS_FOLDER = "eval", "samples", "logs"
+MERGED_FOLDER = "start"  # the adapter that a run starts from, merged, until it is loaded
 BEFORE, AFTER = "before", "after"  # the first and the last evaluation
 # Written into a checkpoint once every rank has finished its part: without it a kill tore it.
 COMPLETE_MARKER = "complete"
@@ -214,12 +216,25 @@ def run_weights(run_dir: Path) -> Path:
     Raises:
         InputError: the run has saved nothing yet.
     """
-    if any((run_dir / name).exists() for name in ("config.json", "adapter_config.json")):
+    if is_model(run_dir):
         return run_dir
     checkpoint = last_complete_checkpoint(run_dir)
     if checkpoint is None:
-        raise InputError("this run has no model and no complete checkpoint yet", where=run_dir)
+        raise InputError(
+            f"{run_dir}: this run has no model and no complete checkpoint yet",
+            key="model_name_or_path",
+        )
     return checkpoint
+
+
+def weights_of(name: str) -> str:
+    """A run's newest weights; any other name of a model as it is.
+
+    Raises:
+        InputError: a run that has saved nothing yet.
+    """
+    is_embedded = name in EMBEDDED_BASES  # which brings a recipe of its own, like a run
+    return name if is_embedded or not is_run(Path(name)) else str(run_weights(Path(name)))
 
 
 # ---- Going on, pausing, ending --------------------------------------------------------------
@@ -271,6 +286,23 @@ def finished_summary(recipe: Recipe) -> Summary | None:
     return None if extended else summary
 
 
+def check_same_start(run_dir: Path, model: ModelRecord) -> None:
+    """Whether a run that goes on starts from the very weights that it started from.
+
+    A reference model, or the base of an adapter, would silently be another one.
+
+    Raises:
+        InputError: they have changed.
+    """
+    earlier = _json(run_dir / MANIFEST_FILE)["model"]["sha256"]
+    if earlier is not None and model["sha256"] not in (earlier, None):
+        raise InputError(
+            f"the weights of '{model['name']}' have changed since {run_dir} began; restore them, "
+            "or choose another --output_dir",
+            key="model_name_or_path",
+        )
+
+
 def folder_problems(recipe: Recipe) -> Iterator[InputError]:
     """Whether the folder can be written, and holds nothing but earlier steps of this very run."""
     run_dir = recipe.run_dir
@@ -284,8 +316,9 @@ def folder_problems(recipe: Recipe) -> Iterator[InputError]:
             key="output_dir",
         )
         return
-    # A server that did not start leaves its log.
-    if ancestor != run_dir or {path.name for path in run_dir.iterdir()} <= {LOGS_FOLDER}:
+    # A server that did not start leaves its log, a start that was killed a merged model.
+    left_over = {LOGS_FOLDER, MERGED_FOLDER}
+    if ancestor != run_dir or {path.name for path in run_dir.iterdir()} <= left_over:
         return
     try:
         earlier = _yaml(run_dir / RECIPE_FILE)
@@ -397,11 +430,9 @@ def weights_and_task(name: str, recipe_path: str | None = None) -> tuple[str, Ta
     Raises:
         InputError: no such recipe, or a run that has saved nothing yet.
     """
-    folder = Path(model_path(name))
-    has_recipe = is_run(folder)
-    if recipe_path is None and has_recipe:
+    folder, weights = Path(model_path(name)), weights_of(name)
+    if recipe_path is None and is_run(folder):
         recipe_path = str(folder / RECIPE_FILE)
-    weights = str(run_weights(folder)) if has_recipe else name
     if recipe_path is None:
         return weights, TaskConfig(), default_of("max_completion_length")
     recipe = load_recipe(recipe_path)

@@ -37,6 +37,7 @@ from mini_r1.run import (
     load_evaluation,
     load_run,
     load_summary,
+    weights_of,
     write_json,
 )
 
@@ -241,7 +242,7 @@ def _check_recipe(path: Path, record: Record, overrides: Sequence[str], recipe: 
     then = {**record["recipe"], "weights": record["weights"]}
     now = json.loads(json.dumps(load_recipe(recipe, overrides).as_dict()))
     now["output_dir"] = then["output_dir"]
-    now["weights"] = weights_hash(model_path(now["model_name_or_path"]))
+    now["weights"] = weights_hash(model_path(weights_of(now["model_name_or_path"])))
     for key in sorted((now.keys() | then.keys()) - LOOKS):
         if now.get(key) != then.get(key):
             raise InputError(

@@ -26,11 +26,12 @@ from collections.abc import Sequence
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
@@ -40,6 +41,7 @@ from trl.models.utils import unwrap_model_for_generation
 from mini_r1 import InputError, one_line, quirks
 from mini_r1.callbacks import (
     CheckpointMarker,
+    CheckpointSigner,
     HeldOutEvaluation,
     PauseOnRequest,
     TensorBoard,
@@ -52,7 +54,7 @@ from mini_r1.launch.plan import SERVER_HOST, owns_server
 from mini_r1.launch.vllm_server import VLLMServer
 from mini_r1.live import LiveView
 from mini_r1.manifest import DataRecord, build_manifest
-from mini_r1.model import load_tokenizer, model_error, model_path
+from mini_r1.model import load_tokenizer, model_error, model_path, settle_generation
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import Recipe
 from mini_r1.report.page import write_report
@@ -66,6 +68,7 @@ from mini_r1.run import (
     SUMMARY_FILE,
     Evaluation,
     Summary,
+    check_same_start,
     checkpoint_step,
     checkpoint_to_resume,
     evaluation_file,
@@ -76,6 +79,7 @@ from mini_r1.run import (
     write_json,
     write_recipe,
 )
+from mini_r1.start import Start
 
 
 def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
@@ -106,8 +110,9 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     disable_progress_bar()
     split = load_split(recipe.task)
     heldout = heldout_puzzles(split, recipe.task)
+    start = Start(recipe)
     model_args, args, eval_every = _arguments(recipe)
-    tokenizer = load_tokenizer(recipe.get("model_name_or_path"), recipe.get("model_revision"))
+    tokenizer = load_tokenizer(start.weights, recipe.get("model_revision"))
     template = PROMPT_TEMPLATES[recipe.task.prompt_template]
     dataset, too_long = prompt_dataset(
         split.train, template, tokenizer, recipe.task.max_prompt_length
@@ -118,7 +123,9 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     if owns_server(recipe) and args.process_index == 0:
         server = _start_server(recipe, args, server_gpu)
     recorder = RolloutRecorder(run_dir / SAMPLES_FOLDER)
-    trainer = _build_trainer(recipe, model_args, args, dataset, tokenizer, recorder)
+    start.write(args)
+    trainer = _build_trainer(recipe, model_args, args, dataset, tokenizer, recorder, start.folder)
+    start.loaded(trainer)
 
     # The run folder: new, or as the last complete checkpoint left it.
     is_main = trainer.accelerator.is_main_process
@@ -132,7 +139,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
             "duplicates": split.duplicates,
             "too_long": too_long,
         }
-        _open_run(recipe, trainer, data, resumed=checkpoint)
+        _open_run(recipe, start.weights, trainer, data, resumed=checkpoint)
         rewind_samples(recorder.folder, checkpoint_step(checkpoint) if checkpoint else 0)
 
     # What happens beside the loop, in the order in which it must be called.
@@ -145,7 +152,8 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     if trainer.pop_callback(TensorBoardCallback):
         trainer.add_callback(TensorBoard(recipe.as_dict(), recorder))
     live = LiveView(run_dir.name, clock, recorder)
-    for callback in (clock, pause, live, CheckpointMarker(), held_out):
+    signer = CheckpointSigner(start.sign)
+    for callback in (clock, pause, live, signer, CheckpointMarker(), held_out):
         trainer.add_callback(callback)
 
     # The loop, which is TRL's, and the end.
@@ -159,7 +167,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
             mark_paused(run_dir, step)
             print(f"paused after step {step} of {steps}; the same command goes on from there")
     else:
-        summary = _finish(trainer, recipe, tokenizer, held_out, clock)
+        summary = _finish(trainer, recipe, tokenizer, held_out, clock, start)
     # Without this, two of five ZeRO-3 runs abort at exit after their success.
     trainer.accelerator.wait_for_everyone()
     quirks.end_colocated_vllm(trainer)
@@ -173,6 +181,7 @@ def _finish(
     tokenizer: PreTrainedTokenizerBase,
     held_out: HeldOutEvaluation,
     clock: TrainClock,
+    start: Start,
 ) -> Summary | None:
     """Save the trained model, evaluate it and sum up; the summary is the main process's."""
     run_dir = recipe.run_dir
@@ -181,6 +190,7 @@ def _finish(
     trainer.save_state()  # every logged scalar
     summary = None
     if trainer.accelerator.is_main_process:
+        start.sign(run_dir)
         tokenizer.save_pretrained(run_dir)
         summary = _sum_up(run_dir, after, trainer.state.global_step, clock.train_seconds)
         trainer.create_model_card(dataset_name=recipe.task.dataset_id_or_path)
@@ -188,6 +198,9 @@ def _finish(
         print(describe(summary))
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+    if trainer.accelerator.is_main_process:
+        start.sign(run_dir)  # the push has saved it once more
+        start.ended()
     return summary
 
 
@@ -259,6 +272,7 @@ def _build_trainer(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     recorder: RolloutRecorder,
+    weights: str,
 ) -> GRPOTrainer:
     assert args.generation_batch_size is not None  # GRPOConfig works them out
     assert args.num_generations is not None
@@ -272,7 +286,7 @@ def _build_trainer(
     name = recipe.model["model_name_or_path"]
     try:
         trainer = GRPOTrainer(
-            model=model_path(name),
+            model=weights,
             reward_funcs=[*recorder.watch(get_reward_functions(recipe.task.reward_funcs))],
             args=args,
             train_dataset=dataset,
@@ -283,6 +297,7 @@ def _build_trainer(
     except OSError as error:
         raise model_error(name, error) from error
     quirks.keep_4bit_trainable(trainer.model)
+    settle_generation(cast(PreTrainedModel, trainer.model))
     # The live view shows both.
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -292,13 +307,17 @@ def _build_trainer(
 # ---- The run folder -------------------------------------------------------------------------
 
 
-def _open_run(recipe: Recipe, trainer: GRPOTrainer, data: DataRecord, resumed: Path | None) -> None:
+def _open_run(
+    recipe: Recipe, weights: str, trainer: GRPOTrainer, data: DataRecord, resumed: Path | None
+) -> None:
     """Record what runs, and say how it starts."""
     run_dir, resolved = recipe.run_dir, recipe.as_dict()
+    commit = quirks.hub_commit(trainer.model)
+    manifest = build_manifest(resolved, model_path(weights), commit, data)
+    if resumed is not None:
+        check_same_start(run_dir, manifest["model"])
     unmark_paused(run_dir)
     write_recipe(run_dir, resolved)
-    path = model_path(recipe.model["model_name_or_path"])
-    manifest = build_manifest(resolved, path, quirks.hub_commit(trainer.model), data)
     if resumed is None:
         write_json(run_dir / MANIFEST_FILE, manifest)
         parts = f"{data['train']} puzzles to train on, {data['heldout']} held out"

@@ -1,5 +1,7 @@
+import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from mini_r1 import InputError
+from mini_r1.cli import main
 from mini_r1.launch import doctor
 from mini_r1.launch.plan import Machine
+from mini_r1.model import model_path
 from mini_r1.recipe import load_recipe
-from mini_r1.run import LOGS_FOLDER, RECIPE_FILE
+from mini_r1.run import LOGS_FOLDER, MERGED_FOLDER, RECIPE_FILE
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = RECIPES / "tiny-cpu.yaml"
@@ -27,9 +31,9 @@ BROKEN = {
         "unknown key 'learning_rat'; did you mean 'learning_rate'?",
     ),
     "wrong type": ("max_steps: many", "max_steps: want an integer, got 'many'"),
-    "old key": ("torch_dtype: bfloat16", "line 2: torch_dtype: this key is gone; write dtype"),
-    "no step": ("max_steps: -3", "line 2: max_steps: want -1 or at least 1, got -3"),
-    "no such loss": ("loss_type: gppo", "line 2: loss_type: no 'gppo'; did you mean 'grpo'?"),
+    "old key": ("torch_dtype: bfloat16", "line 3: torch_dtype: this key is gone; write dtype"),
+    "no step": ("max_steps: -3", "line 3: max_steps: want -1 or at least 1, got -3"),
+    "no such loss": ("loss_type: gppo", "line 3: loss_type: no 'gppo'; did you mean 'grpo'?"),
     "unknown tracker": ("report_to: wandbb", "no 'wandbb'; did you mean 'wandb'?"),
     "missing tracker": (
         "report_to: [swanlab]",
@@ -53,7 +57,7 @@ BROKEN = {
     "no GPU for vLLM": ("use_vllm: true", "vLLM needs a GPU"),
     "missing model folder": (
         "model_name_or_path: ./no/such/folder",
-        "no folder './no/such/folder'",
+        "no run or model './no/such/folder' here; write a folder with a model",
     ),
     "model out of reach": (
         "model_name_or_path: nobody/nothing",
@@ -77,7 +81,8 @@ BROKEN = {
 @pytest.mark.parametrize("mistake", BROKEN)
 def test_broken_recipes_are_explained_in_one_line_at_once(tmp_path, mistake):
     lines, message = BROKEN[mistake]
-    base = "" if lines.startswith("model_name_or_path") else "model_name_or_path: tiny_base\n"
+    base = "model_name_or_path: tiny_base\nmax_completion_length: 120\n"
+    base = "" if lines.startswith("model_name_or_path") else base
     (tmp_path / "broken.yaml").write_text(f"{base}{lines}\n")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
@@ -233,6 +238,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     recipe = load_recipe(TINY, ["--output_dir", str(tmp_path)])
     assert not list(doctor.problems(recipe))
     (tmp_path / LOGS_FOLDER).mkdir()
+    (tmp_path / MERGED_FOLDER).mkdir()
     assert not list(doctor.problems(recipe))
     (tmp_path / "thesis.tex").touch()
     (problem,) = doctor.problems(recipe)
@@ -245,3 +251,133 @@ def test_a_run_is_continued_but_not_as_another_one(tmp_path):
     (tmp_path / RECIPE_FILE).write_text("seed: 7\n")
     problems = map(str, doctor.problems(recipe))
     assert any("holds a run with seed: 7, this recipe says 1" in text for text in problems)
+
+
+# ---- The model ------------------------------------------------------------------------------
+
+
+def copy_of_the_base(folder, **config):
+    shutil.copytree(model_path("tiny_base"), folder)
+    (folder / RECIPE_FILE).unlink()
+    written = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(written))
+    return folder
+
+
+def adapter_on(base, folder):
+    folder.mkdir(parents=True)
+    config = {"base_model_name_or_path": str(base), "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    shutil.copy(
+        Path(model_path("tiny_base")) / "model.safetensors", folder / "adapter_model.safetensors"
+    )
+    return folder
+
+
+def told(name, *overrides):
+    recipe = load_recipe(TINY, ["--model_name_or_path", str(name), *overrides])
+    return [problem.problem for problem in doctor.problems(recipe)]
+
+
+def test_a_recipe_is_told_what_is_wrong_with_its_model(tmp_path, capsys):
+    assert told(copy_of_the_base(tmp_path / "sound")) == []
+    bert = copy_of_the_base(tmp_path / "bert", model_type="bert", architectures=["BertModel"])
+    assert "is a BertModel, no causal language model" in told(bert)[0]
+    short = copy_of_the_base(tmp_path / "short", max_position_embeddings=100)
+    assert "fewer than max_prompt_length 32 + max_completion_length 120" in told(short)[0]
+    (tmp_path / "empty").mkdir()
+    assert "empty holds no model: no config.json in it" in told(tmp_path / "empty")[0]
+    assert "it is a file; write the folder that holds it" in told(bert / "model.safetensors")[0]
+    path = tmp_path / "r.yaml"
+    path.write_text(f"output_dir: {tmp_path}/run\nmodel_name_or_path: {bert}\n")
+    with pytest.raises(InputError, match="will not run here: 1 problem"):
+        doctor.examine(str(path), Machine(0), planned=False)
+    with pytest.raises(InputError, match=r"r\.yaml line 2: model_name_or_path: .* is a BertModel"):
+        doctor.first_problem(load_recipe(path))
+
+
+def test_quantized_weights_are_not_trained_in_full(tmp_path):
+    method = {"quantization_config": {"quant_method": "bitsandbytes"}}
+    model = copy_of_the_base(tmp_path / "model", **method)
+    assert "cannot be trained in full; write use_peft: true" in told(model)[0]
+    assert told(model, "--use_peft") == []
+
+
+def test_experts_are_adapted_without_dropout(tmp_path):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    kind = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 32}
+    model = copy_of_the_base(tmp_path / "model", **experts, **kind)
+    lora = ["--use_peft", "--lora_target_modules"]
+    assert "write lora_dropout: 0, or only projections" in told(model, *lora, "all-linear")[0]
+    assert told(model, *lora, "all-linear", "--lora_dropout", "0") == []
+    assert told(model, *lora, "q_proj", "v_proj") == []
+    assert told(model) == []
+
+
+def test_a_run_stands_for_its_newest_weights(tmp_path):
+    run = copy_of_the_base(tmp_path / "run")
+    shutil.copy(Path(model_path("tiny_base")) / RECIPE_FILE, run)
+    assert told(run) == []
+    checkpoint = run / "checkpoint-5"
+    checkpoint.mkdir()
+    for file in [file for file in run.iterdir() if file.is_file() and file.name != RECIPE_FILE]:
+        file.rename(checkpoint / file.name)
+    assert "this run has no model and no complete checkpoint yet" in told(run)[0]
+    (checkpoint / "complete").touch()
+    assert told(run) == []
+
+
+def test_an_adapter_is_judged_with_its_base(tmp_path):
+    base = copy_of_the_base(tmp_path / "base")
+    first = adapter_on(base, tmp_path / "runs" / "first")
+    second = adapter_on(first, tmp_path / "runs" / "second")
+    assert told(second) == []
+    (base / "model.safetensors").write_bytes(b"")
+    (problem,) = told(second)
+    assert f"the base of the adapter {first}: " in problem
+    assert "is no safetensors file" in problem
+    shutil.rmtree(base)
+    assert "no run or model" in told(second)[0]
+    assert "is an adapter of itself" in told(adapter_on(tmp_path / "loop", tmp_path / "loop"))[0]
+
+
+def test_a_run_or_model_that_was_misspelt_is_suggested_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copy_of_the_base(tmp_path / "runs" / "tiny-cpu")
+    copy_of_the_base(tmp_path / "models" / "llama")
+    for command, name, near in (
+        ("eval", "runs/tiny-cpuu", "runs/tiny-cpu"),
+        ("eval", "tiny-cpu", "runs/tiny-cpu"),
+        ("play", "tiny_bas", "tiny_base"),
+        ("play", "models/lama", "models/llama"),
+        ("eval", "./models/lama", "models/llama"),
+    ):
+        started = time.monotonic()
+        assert main([command, name]) == 2
+        assert time.monotonic() - started < 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: RUN_OR_MODEL: ")
+        assert line.endswith(f"did you mean '{near}'?"), line
+    assert main(["eval", "./nothing-like-it"]) == 2
+    assert "write a folder with a model, an id of the hub" in capsys.readouterr().err
+
+
+def test_eval_refuses_more_tokens_than_a_model_has_positions(tmp_path, capsys):
+    assert main(["eval", str(copy_of_the_base(tmp_path / "m"))]) == 2
+    assert "has 512 positions, fewer than" in capsys.readouterr().err
+
+
+# ---- The disk -------------------------------------------------------------------------------
+
+
+def test_checkpoints_must_fit_on_the_disk(tmp_path):
+    config = json.loads((Path(model_path("tiny_base")) / "config.json").read_text())
+    config |= {"hidden_size": 10**8, "intermediate_size": 10**8, "max_position_embeddings": 2000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    output = ["--output_dir", str(tmp_path / "run")]
+    *_, problem = told(tmp_path, *output)
+    assert "3 checkpoints of " in problem
+    assert f"GB are free in {tmp_path}; write a lower save_total_limit, or choose" in problem
+    *_, problem = told(tmp_path, *output, "--save_total_limit", "1")
+    assert "2 checkpoints of " in problem
+    assert "free in" not in " ".join(told("tiny_base", *output))

@@ -1,14 +1,21 @@
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mini_r1.launch.memory import (
+    GATED,
     GIB,
     QWEN,
+    UNGATED,
     computes_in_16_bit,
+    disk_bytes,
     estimate_memory,
     model_shape,
     peak,
+    shape_of,
     state_bytes,
 )
 from mini_r1.launch.plan import Machine, make_plan
@@ -38,6 +45,170 @@ def test_the_shape_of_a_local_model():
     assert model_shape("somebody/else") is None
     elsewhere = load_recipe(TINY, ["--model_name_or_path", "somebody/else"])
     assert "not estimated" in str(make_plan(elsewhere, Machine(0)))
+
+
+# Sizes at which biases and norms are less than a percent.
+SIZES = {
+    "vocab_size": 4000,
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+OLD = {"num_key_value_heads": None, "intermediate_size": None}  # which they do not know
+OF_THEIR_OWN = {
+    "gpt2": {**OLD, "n_embd": 256, "n_layer": 3, "n_head": 4},
+    "gpt_neo": {**OLD, "num_layers": 3, "num_heads": 4, "attention_types": [[["global"], 3]]},
+    "gpt_neox": {"num_key_value_heads": None},
+    "ministral": {"head_dim": 64},
+    "opt": {**OLD, "ffn_dim": 640, "word_embed_proj_dim": 256},
+    "phi": {"num_key_value_heads": None},
+    "phi3": {"pad_token_id": 0},
+    "smollm3": {"pad_token_id": 0},
+    "gemma3_text": {"head_dim": 64},
+    "gemma": {"head_dim": 64},
+    "gemma2": {"head_dim": 32},
+    "mixtral": {"num_local_experts": 5},
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 6,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 320,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 96, "decoder_sparse_step": 2},
+}
+
+
+def saved(kind, **changes):
+    """A model's configuration, and what its config.json says."""
+    sizes = {**SIZES, **OF_THEIR_OWN.get(kind, {}), **changes}
+    config = AutoConfig.for_model(kind, **sizes)
+    return config, json.loads(config.to_json_string())
+
+
+@pytest.mark.parametrize("kind", [*GATED, *UNGATED])
+def test_parameter_counts_are_those_of_the_real_classes(kind):
+    config, written = saved(kind)
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    assert shape_of(written).parameters == pytest.approx(parameters, rel=0.01)
+
+
+def test_of_many_experts_only_some_work_on_a_token():
+    _, written = saved("qwen2_moe", num_experts_per_tok=2)
+    shape = shape_of(written)
+    assert shape.experts == 2 * 6 * 3 * 256 * 96  # two of three layers have six of them
+    assert shape.mlp_width == (640 + 2 * (2 * 96 + 320)) / 3
+    # Half as many, each twice as wide: as many weights, and as much of a token's work for one.
+    wider = {**written, "num_experts": 3, "moe_intermediate_size": 192, "num_experts_per_tok": 1}
+    assert shape_of(wider).experts == shape.experts
+    assert shape_of(wider).mlp_width == shape.mlp_width
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": None},
+        {"hidden_size": "256"},
+        {"num_hidden_layers": 0},
+        {"num_attention_heads": None},
+        {"intermediate_size": None},
+        {"vocab_size": None},
+    ],
+)
+def test_a_config_that_lacks_a_size_is_not_estimated(changes, tmp_path):
+    _, written = saved("llama")
+    (tmp_path / "config.json").write_text(json.dumps(written | changes))
+    recipe = load_recipe(TINY, ["--model_name_or_path", str(tmp_path)])
+    assert "not estimated" in str(make_plan(recipe, Machine(0)))
+    assert "not estimated" in str(make_plan(recipe, Machine(1, 80.0)))
+
+
+def test_what_a_config_may_leave_out():
+    _, written = saved("llama")
+    heads = written | {"num_key_value_heads": None, "head_dim": None}
+    assert shape_of(heads).kv_width == 256
+    assert shape_of({k: v for k, v in heads.items() if k != "num_key_value_heads"}).kv_width == 256
+
+
+def test_a_text_model_within_another_is_estimated(tmp_path):
+    _, written = saved("llama")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "text_config": written})
+    )
+    assert model_shape(str(tmp_path)) == shape_of(written)
+
+
+def test_a_kind_that_is_not_known_here_is_estimated_if_its_weights_agree(tmp_path):
+    config, written = saved("ministral")
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    assert model_shape(str(tmp_path)) == shape_of(written)
+    (tmp_path / "config.json").write_text(json.dumps(written | {"intermediate_size": 900}))
+    assert model_shape(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "overrides", "measured"),
+    [
+        # GiB: the largest resident set of `mini-r1 train`, for the first SmolLM2-135M itself, else
+        # a random model of its shape.
+        (16, 157 + 48, ["--use_peft"], 14.4),
+        (8, 119 + 48, ["--use_peft"], 6.4),
+        (4, 119 + 48, ["--use_peft"], 3.7),
+        (8, 119 + 48, ["--use_peft", "--gradient_checkpointing"], 3.6),
+        (8, 119 + 48, [], 5.7),
+        (8, 119 + 48, ["--gradient_checkpointing"], 4.0),
+    ],
+)
+def test_what_training_takes_on_a_cpu_was_measured(batch, tokens, overrides, measured, tmp_path):
+    sizes = {"hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536}
+    _, written = saved(
+        "llama",
+        vocab_size=49_152,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        **sizes,
+    )
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    at_a_time = {
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": 1,
+        "steps_per_generation": 1,
+        "num_generations": 4,
+        "max_prompt_length": tokens - 48,
+        "max_completion_length": 48,
+        "lora_target_modules": "all-linear",
+        "beta": 0,
+        "model_name_or_path": tmp_path,
+    }
+    options = [text for key, value in at_a_time.items() for text in (f"--{key}", str(value))]
+    recipe = load_recipe(TINY, [*options, *overrides])
+    for processes, gpu_memory in ((1, 0.0), (1, 80.0)):  # a GPU beside it changes nothing
+        memory = estimate_memory(recipe, processes, gpu_memory)
+        assert peak(memory, recipe) == pytest.approx(measured, rel=0.25)
+
+
+def test_what_a_run_keeps_on_the_disk():
+    # Of 3B: 3.09e9 parameters of 4 bytes, with Adam's moments 12; ZeRO-3 2 and 14.
+    shape = QWEN["3B"]
+    recipe = load_recipe(RECIPES / "grpo-qwen-2.5-3b-1gpu.yaml")
+    number, checkpoint, model = disk_bytes(shape, recipe, sharded=False)
+    assert (number, round(checkpoint / 1e9), round(model / 1e9)) == (3, 37, 12)
+    _, checkpoint, model = disk_bytes(shape, recipe, sharded=True)
+    assert (round(checkpoint / 1e9), round(model / 1e9)) == (43, 6)
+    for changes, expected in (
+        (["--save_total_limit", "1"], 2),
+        (["--max_steps", "10", "--save_steps", "10"], 1),
+        (["--save_strategy", "no"], 0),
+        (["--save_steps", "0.5"], 2),
+    ):
+        assert disk_bytes(shape, load_recipe(recipe.path, changes), sharded=False)[0] == expected
+    lora = load_recipe(recipe.path, ["--use_peft", "--save_only_model"])
+    assert disk_bytes(shape, lora, sharded=True)[1] < 0.2e9
 
 
 @pytest.mark.parametrize(("gpus", "gigabytes"), [(None, 120), (64, 1.9)])

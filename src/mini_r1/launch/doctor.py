@@ -9,6 +9,7 @@ library.
 """
 
 import configparser
+import difflib
 import netrc
 import os
 import platform
@@ -20,20 +21,36 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from mini_r1 import InputError, one_line
+from mini_r1 import InputError, hub, one_line
+from mini_r1.launch.memory import disk_bytes, model_shape
 from mini_r1.launch.plan import Machine, make_plan
-from mini_r1.model import EMBEDDED_BASES, is_local, model_path
+from mini_r1.model import EMBEDDED_BASES, adapter_base, is_local, model_folder, whole_model
+from mini_r1.model_files import (
+    CONFIG_FILE,
+    QUANTIZED_BY,
+    adapter_problems,
+    is_model,
+    quantized_by,
+    read_json,
+)
+from mini_r1.model_files import problems as file_problems
 from mini_r1.recipe import Recipe, all_keys, load_recipe
-from mini_r1.run import folder_problems
+from mini_r1.run import (
+    checkpoints,
+    finished_summary,
+    folder_problems,
+    is_run,
+    weights_and_task,
+    weights_of,
+)
 
-HUB_TIMEOUT = 1.0  # seconds; a mistake is told at once or later
 LOGIN_TIMEOUT = 3.0  # seconds; a run that writes to the hub starts with asking it
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}  # of lora_target_modules
 # Which package a key of a recipe needs.
 PACKAGE_OF = {
     "use_vllm": "vllm",
@@ -113,6 +130,7 @@ def problems(recipe: Recipe, launcher: str | None = None) -> Iterator[InputError
     yield from _data(recipe)
     yield from _trackers(recipe)
     yield from _uploads(recipe)
+    yield from _disk(recipe, launcher)
 
 
 def _missing_packages(recipe: Recipe, launcher: str | None) -> Iterator[InputError]:
@@ -235,21 +253,143 @@ def _refusal(token: str) -> str | None:
     return None
 
 
+def check_model(name: str, recipe_path: str | None = None) -> None:
+    """Refuse a run or model, named on the command line, that could not be loaded.
+
+    Raises:
+        InputError: the first of its problems.
+    """
+    weights, task, max_completion_length = weights_and_task(name, recipe_path)
+    lengths = (task.max_prompt_length, max_completion_length)
+    for problem in model_problems(weights, lengths=lengths):
+        raise InputError(problem.problem, where="RUN_OR_MODEL")
+
+
+def model_problems(
+    name: str,
+    revision: str | None = None,
+    lengths: tuple[int, int] | None = None,
+    above: tuple[str, ...] = (),
+) -> Iterator[InputError]:
+    """What makes a model useless here, told without loading it.
+
+    Args:
+        name: as a recipe has it.
+        lengths: the tokens of the longest prompt and of the longest completion.
+        above: the adapters that this is the base of.
+    """
+    # Where is it?
+    try:
+        name = weights_of(name)
+        folder = model_folder(name, revision)
+    except InputError as error:
+        yield error
+        return
+    on_hub = not is_local(name) and (folder is None or folder != Path(name))
+    if name not in EMBEDDED_BASES and on_hub:
+        refused = hub.refusal(name, "model", revision)
+        if refused is not None:
+            near = _nearest(name)
+            advice = f"; did you mean '{near}'?" if near else ""
+            yield InputError(refused.problem + advice, key=refused.key)
+        if refused is not None or folder is None or hub.unreachable() is None:
+            return  # what the cache lacks can still be fetched
+    if folder is None:
+        yield _no_model(name)
+        return
+
+    # What is in it?
+    base = None
+    try:
+        base = adapter_base(folder)
+    except InputError as error:
+        yield error
+        return
+    if base is None and not is_model(folder):
+        yield InputError(f"{folder} holds no model: no config.json in it", key="model_name_or_path")
+    elif base is None:
+        yield from file_problems(folder, lengths)
+    elif base in above or base == name:
+        yield InputError(f"{folder} is an adapter of itself", key="model_name_or_path")
+    else:
+        found = list(adapter_problems(folder))
+        yield from found
+        if not found:
+            for problem in model_problems(base, None, lengths, (*above, name)):
+                yield InputError(
+                    f"the base of the adapter {folder}: {problem.problem}", key=problem.key
+                )
+
+
 def _model(recipe: Recipe) -> Iterator[InputError]:
     key, name = "model_name_or_path", recipe.model["model_name_or_path"]
-    folder = Path(model_path(name))
-    if folder.is_dir():
-        if not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
-            yield InputError(f"{folder} holds no model: no config.json in it", key=key)
-    elif is_local(name):
+    lengths = (recipe.task.max_prompt_length, recipe.get("max_completion_length"))
+    revision = recipe.get("model_revision")
+    found = list(model_problems(name, revision, lengths))
+    yield from found
+    folder = None if found else model_folder(whole_model(weights_of(name), revision), revision)
+    if folder is None or not (folder / CONFIG_FILE).is_file():
+        return
+    method = quantized_by(read_json(folder / CONFIG_FILE))
+    if method in QUANTIZED_BY and not recipe.get("use_peft"):
         yield InputError(
-            f"no folder '{name}'; write a folder with a model, an id of the hub, or "
-            + EMBEDDED_BASES[0],
+            f"{name} is quantized by {method}, and such weights cannot be trained in full; write "
+            "use_peft: true, or a model in 16 bit",
             key=key,
         )
-    else:
-        instead = f"write a local folder or {EMBEDDED_BASES[0]}"
-        yield from _on_hub(name, "model", instead, recipe.get("model_revision"))
+    shape, targets = model_shape(name), set(recipe.get("lora_target_modules") or ())
+    adapts_experts = shape is not None and shape.num_experts > 0 and bool(targets - ATTENTION)
+    if recipe.get("use_peft") and adapts_experts and recipe.get("lora_dropout"):
+        yield InputError(
+            f"PEFT adapts the experts of {name} without dropout only; write lora_dropout: 0, or "
+            "only projections of attention as lora_target_modules",
+            key="lora_dropout",
+        )
+
+
+def _no_model(name: str) -> InputError:
+    near = _nearest(name)
+    advice = f"write a folder with a model, an id of the hub, or {EMBEDDED_BASES[0]}"
+    if Path(name).is_file():
+        advice = "it is a file; write the folder that holds it"
+    elif near:
+        advice = f"did you mean '{near}'?"
+    return InputError(f"no run or model '{name}' here; {advice}", key="model_name_or_path")
+
+
+def _nearest(name: str) -> str | None:
+    """The embedded base, run or model folder here whose name is most like this one."""
+    spelt = {base: base for base in EMBEDDED_BASES}
+    for parent in dict.fromkeys((Path("runs"), Path(name).parent)):
+        with suppress(OSError):
+            for folder in sorted(parent.iterdir()):
+                if is_run(folder) or is_model(folder):
+                    spelt |= {folder.name: str(folder), str(folder): str(folder)}
+    near = difflib.get_close_matches(name.rstrip("/"), spelt, n=1, cutoff=0.75)
+    return spelt[near[0]] if near else None
+
+
+def _disk(recipe: Recipe, launcher: str | None) -> Iterator[InputError]:
+    """Whether the checkpoints and the trained model fit on the disk."""
+    shape = model_shape(recipe.model["model_name_or_path"])
+    if shape is None or finished_summary(recipe) is not None:
+        return
+    sharded = launcher == "deepspeed_zero3" or bool(os.environ.get("ACCELERATE_USE_DEEPSPEED"))
+    number, checkpoint, model = disk_bytes(shape, recipe, sharded)
+    run_dir = recipe.run_dir
+    ancestor = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    # A run that goes on replaces the checkpoints that it has.
+    files = (file for old in checkpoints(run_dir) for file in old.rglob("*") if file.is_file())
+    free = shutil.disk_usage(ancestor).free + sum(file.stat().st_size for file in files)
+    needed = number * checkpoint + model
+    if needed > free:
+        fewer = "write a lower save_total_limit, or " if number > 2 else ""
+        yield InputError(
+            f"{number} checkpoints of {checkpoint / 1e9:.1f} GB and the trained model of "
+            f"{model / 1e9:.1f} GB take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in "
+            f"{ancestor}; {fewer}choose another --output_dir",
+            key="output_dir",
+        )
 
 
 def _data(recipe: Recipe) -> Iterator[InputError]:
@@ -263,42 +403,14 @@ def _data(recipe: Recipe) -> Iterator[InputError]:
             key="dataset_id_or_path",
         )
     else:
-        yield from _on_hub(source, "dataset", "write a local file or generated")
+        yield from _on_hub(source, "dataset")
 
 
-def _on_hub(
-    name: str, kind: str, instead: str, revision: str | None = None
-) -> Iterator[InputError]:
+def _on_hub(name: str, kind: hub.Kind) -> Iterator[InputError]:
     """Whether the local cache has it, or the hub."""
-    import httpx  # what huggingface_hub talks with
-    from huggingface_hub import HfApi, errors, snapshot_download
-
-    key = "model_name_or_path" if kind == "model" else "dataset_id_or_path"
-    try:
-        snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True)
-        return
-    except errors.LocalEntryNotFoundError:
-        pass
-    except errors.HFValidationError as error:
-        yield InputError(one_line(error), key=key)
-        return
-    ask: Any = HfApi().model_info if kind == "model" else HfApi().dataset_info
-    try:
-        ask(name, revision=revision, timeout=HUB_TIMEOUT)
-    except errors.HfHubHTTPError as error:
-        yield InputError(
-            f"the hub refuses the {kind} '{name}' ({one_line(error, 120)}); check its name and "
-            f"your access, or {instead}",
-            key=key,
-        )
-    except httpx.TimeoutException:
-        return  # slow, not absent: the download itself may be more patient
-    except Exception as error:  # whatever keeps us from the hub: offline mode, no route, a proxy
-        yield InputError(
-            f"'{name}' is not in the cache and the hub cannot be reached "
-            f"({type(error).__name__}); without network {instead}",
-            key=key,
-        )
+    refused = hub.refusal(name, kind)
+    if refused is not None:
+        yield refused
 
 
 def _packages() -> Iterator[str]:

@@ -21,8 +21,9 @@ from typing import Any
 
 from mini_r1 import InputError
 from mini_r1.launch.memory import estimate_memory, has_16_bit_weights, peak
-from mini_r1.model import model_path
+from mini_r1.model import model_path, whole_model
 from mini_r1.recipe import ROOT, Recipe
+from mini_r1.run import weights_of
 
 LAUNCH_CONFIGS = Path("configs/accelerate_configs")
 TRAINING_SCRIPT = Path("scripts/run_r1_grpo.py")
@@ -276,7 +277,8 @@ def server_command(
     completion = recipe.get("max_completion_length")
     utilization = recipe.training.get("vllm_gpu_memory_utilization", SERVER_MEMORY_UTILIZATION)
     options = {
-        "model": model_path(recipe.model["model_name_or_path"]),
+        # Of an adapter its base: TRL sends the merged weights before the first completion.
+        "model": model_path(whole_model(weights_of(recipe.model["model_name_or_path"]))),
         "revision": recipe.model.get("model_revision"),
         "host": host,
         "port": port,

@@ -1,0 +1,211 @@
+"""Two training steps and an evaluation of tiny random models of many kinds, each in its own way.
+
+And the way from an adapter to what is trained on it, and from the cache without a network.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mini_r1.cli import main
+from mini_r1.evaluate import evaluate_model
+from mini_r1.model import load_merged, load_model, model_path
+from mini_r1.run import MANIFEST_FILE, MERGED_FOLDER
+from tests.test_hub import put_into_cache
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+SHORT = {
+    "max_steps": 2,
+    "save_steps": 1,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "steps_per_generation": 1,
+    "num_generations": 4,
+    "max_completion_length": 16,
+    "num_puzzles": 60,
+    "num_eval_puzzles": 4,
+    "num_eval_samples": 1,
+    "eval_strategy": "no",
+}
+LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "learning_rate": 0.01}
+SIZES = {
+    "vocab_size": 445,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "eos_token_id": 256,
+    "bos_token_id": None,
+    "pad_token_id": 257,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+KINDS = {
+    "gemma2": {"head_dim": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "llama": {},
+    "mistral": {},
+    "mixtral": {"num_local_experts": 4},
+    "olmo2": {},
+    "phi": {"num_key_value_heads": 4},
+    "qwen3_moe": EXPERTS,
+}
+
+
+def options(run_dir, **changes):
+    given = {**SHORT, "output_dir": run_dir, **changes}
+    return [text for key, value in given.items() for text in (f"--{key}", str(value))]
+
+
+def train(run_dir, **changes):
+    recipe = ROOT / "recipes" / "tiny-cpu.yaml"
+    assert main(["train", str(recipe), *options(run_dir, **changes)]) == 0
+    return run_dir
+
+
+def random_model(folder, kind, **how):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SIZES, **KINDS[kind]})
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder, **how)
+    for file in Path(model_path("tiny_base")).glob("*t*o*k*e*n*"):
+        shutil.copy(file, folder)
+    shutil.copy(Path(model_path("tiny_base")) / "chat_template.jinja", folder)
+    return model
+
+
+def check_run(run_dir):
+    """A finished run, whose evaluation anybody can repeat."""
+    after = json.loads((run_dir / "eval" / "after.json").read_text())
+    again = evaluate_model(str(run_dir))
+    assert [e["completion"] for e in again["examples"]] == [
+        e["completion"] for e in after["examples"]
+    ]
+    assert not (run_dir / MERGED_FOLDER).exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_any_kind_can_be_evaluated_and_trained(kind, tmp_path, capsys):
+    random_model(tmp_path / "model", kind)
+    recipe = tmp_path / f"{kind}.yaml"
+    text = (ROOT / "recipes" / "tiny-cpu.yaml").read_text()
+    recipe.write_text(text.replace("path: tiny_base\n", f"path: {tmp_path}/model\n"))
+    assert main(["doctor", str(recipe)]) == 0
+    assert "an estimate: " in capsys.readouterr().out
+    short = ["--recipe", str(recipe), "--num-puzzles", "2", "--num-samples", "1"]
+    assert main(["eval", str(tmp_path / "model"), *short]) == 0
+    check_run(train(tmp_path / "run", model_name_or_path=tmp_path / "model"))
+    lora = LORA | ({"lora_dropout": 0} if kind in ("mixtral", "qwen3_moe") else {})
+    check_run(train(tmp_path / "lora", model_name_or_path=tmp_path / "model", **lora))
+
+
+def test_a_model_in_shards(tmp_path):
+    random_model(tmp_path / "model", "llama", max_shard_size="30KB")
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 1
+    check_run(train(tmp_path / "run", model_name_or_path=tmp_path / "model"))
+
+
+def test_a_pickled_model_is_read_and_saved_as_safetensors(tmp_path):
+    model = random_model(tmp_path / "model", "llama")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    run_dir = train(tmp_path / "run", model_name_or_path=tmp_path / "model")
+    check_run(run_dir)
+    assert (run_dir / "model.safetensors").is_file()
+    manifest = json.loads((run_dir / MANIFEST_FILE).read_text())
+    assert len(manifest["model"]["sha256"]) == 64
+
+
+def test_a_generation_config_that_contradicts_itself(tmp_path):
+    random_model(tmp_path / "model", "llama")
+    chat = '{"do_sample": false, "temperature": 0.6, "eos_token_id": 256}'
+    (tmp_path / "model" / "generation_config.json").write_text(chat)
+    check_run(train(tmp_path / "run", model_name_or_path=tmp_path / "model"))
+
+
+# ---- Adapters -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """A finished LoRA run on the embedded base, in a folder that is not the current one."""
+    run_dir = tmp_path_factory.mktemp("runs") / "lora"
+    return train(run_dir, model_name_or_path="tiny_base", **LORA)
+
+
+def test_an_adapter_names_its_base_and_no_folder_of_this_machine(lora):
+    for folder in (lora, lora / "checkpoint-2"):
+        adapter = json.loads((folder / "adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == "tiny_base"
+        assert model_path("tiny_base") not in (folder / "README.md").read_text()
+    check_run(lora)
+
+
+@pytest.mark.parametrize("how", [{}, LORA], ids=["in full", "with LoRA"])
+def test_training_goes_on_from_an_adapter(lora, how, tmp_path, capsys):
+    # No step, so that what is saved is what was started from.
+    still = {"learning_rate": 0.0, "beta": 0.04}
+    run_dir = train(tmp_path / "run", model_name_or_path=lora, **{**how, **still})
+    printed = capsys.readouterr().out
+    assert printed.count(f"training starts from {lora}, merged into tiny_base\n") == 1
+    check_run(run_dir)
+    merged, trained = load_merged(str(lora)).state_dict(), load_model(str(run_dir))
+    trained = load_merged(str(run_dir)) or trained
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(tensor, merged[name]), name
+    manifest = json.loads((run_dir / MANIFEST_FILE).read_text())
+    assert manifest["model"]["base"] == "tiny_base"
+    # It goes on once more, and an adapter on an adapter on an adapter is evaluated.
+    check_run(train(run_dir, model_name_or_path=lora, max_steps=3, **{**how, **still}))
+    check_run(train(tmp_path / "next", model_name_or_path=run_dir, **LORA))
+
+
+def test_training_starts_from_the_checkpoint_of_an_unfinished_run(lora, tmp_path, capsys):
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(lora, unfinished)
+    for file in ("adapter_config.json", "adapter_model.safetensors", "summary.json"):
+        (unfinished / file).unlink()
+    run_dir = train(tmp_path / "run", model_name_or_path=unfinished, **LORA)
+    assert f"starts from {unfinished}/checkpoint-2, merged into" in capsys.readouterr().out
+    adapter = json.loads((run_dir / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == f"{unfinished}/checkpoint-2"
+    check_run(run_dir)
+    # With other weights, what goes on would be another model.
+    weights = unfinished / "checkpoint-2" / "adapter_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    again = options(run_dir, model_name_or_path=unfinished, **LORA | {"max_steps": 4})
+    assert main(["train", str(ROOT / "recipes" / "tiny-cpu.yaml"), *again]) == 2
+    assert "have changed since" in capsys.readouterr().err
+
+
+# ---- The hub --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hub", ["http://127.0.0.1:9", None], ids=["refused", "as it is"])
+def test_from_the_cache_without_a_network(hub, tmp_path):
+    put_into_cache(tmp_path, "owner/model", model_path("tiny_base"))
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": hub or "http://no.such.host"}
+    del env["HF_HUB_OFFLINE"]
+    recipe = str(ROOT / "recipes" / "tiny-cpu.yaml")
+    model = ["owner/model", "--recipe", recipe, "--num-puzzles", "4", "--num-samples", "1"]
+    run = [recipe, *options(tmp_path / "run", model_name_or_path="owner/model")]
+    for command in (["eval", *model], ["train", *run]):
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "mini_r1", *command], env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Retrying" not in done.stderr
+        assert time.monotonic() - started < 60

@@ -25,6 +25,7 @@ ORDER = [
     "manifest",
     "rollouts",
     "run",
+    "tables",
     "data",
     "launch.memory",
     "launch.plan",

@@ -21,10 +21,12 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from mini_r1 import InputError, one_line
+from mini_r1.data import check_head
 from mini_r1.launch.plan import Machine, make_plan
 from mini_r1.model import EMBEDDED_BASES, is_local, model_path
 from mini_r1.recipe import Recipe, load_recipe
 from mini_r1.run import folder_problems
+from mini_r1.tables import locate
 
 HUB_TIMEOUT = 1.0  # seconds; a mistake is told at once or later
 # Which package a key of a recipe needs.
@@ -127,16 +129,15 @@ def _model(recipe: Recipe) -> Iterator[InputError]:
 
 def _data(recipe: Recipe) -> Iterator[InputError]:
     source = recipe.task.dataset_id_or_path
-    if source == "generated" or Path(source).exists():
+    if source == "generated":
         return
-    if is_local(source):
-        yield InputError(
-            f"no file or folder '{source}'; write a path, a hub id such as owner/name, or "
-            "generated",
-            key="dataset_id_or_path",
-        )
-    else:
-        yield from _on_hub(source, "dataset", "write a local file or generated")
+    try:
+        if locate(source):
+            check_head(recipe.task)
+        else:
+            yield from _on_hub(source, "dataset", "write a local file or generated")
+    except InputError as error:
+        yield error
 
 
 def _on_hub(

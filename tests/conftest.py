@@ -1,6 +1,7 @@
 """Quick tests first; the same examples on every run; no network."""
 
 import os
+import socket
 
 import pytest
 from hypothesis import settings
@@ -13,3 +14,24 @@ settings.load_profile("deterministic")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """Returns a function that puts the hub elsewhere, for a process that has not been offline."""
+    from huggingface_hub import constants
+
+    from mini_r1 import hub
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.unreachable.cache_clear()
+    yield lambda address: monkeypatch.setattr(constants, "ENDPOINT", address)
+    hub.unreachable.cache_clear()
+
+
+@pytest.fixture
+def listening():
+    """The address of a port that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"

@@ -31,6 +31,7 @@ ORDER = [
     "manifest",
     "rollouts",
     "run",
+    "tables",
     "data",
     "launch.memory",
     "launch.plan",

@@ -1,5 +1,7 @@
 import hashlib
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +83,34 @@ def test_data_build_and_check(tmp_path, capsys):
     assert (report["puzzles"], report["distinct"], report["solvable"]) == (50, 50, 50)
 
 
+def test_data_check_finds_columns_and_leaks(tmp_path, capsys):
+    for part, targets in (("train", (3, 2)), ("test", (3,))):
+        rows = [json.dumps({"numbers": [1, 2], "answer": target}) + "\n" for target in targets]
+        (tmp_path / f"{part}.jsonl").write_text("".join(rows))
+    check = ["data", "check", str(tmp_path), "--columns", "{nums: numbers, target: answer}"]
+    assert main(check) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["puzzles"], report["heldout"], report["also_in_heldout"]) == (2, 1, 1)
+    assert main([*check, "--split", "test"]) == 0
+    assert json.loads(capsys.readouterr().out)["puzzles"] == 1
+
+
+def test_data_check_shows_its_progress_on_a_terminal_only(tmp_path):
+    output = tmp_path / "x.jsonl"
+    assert main([*BUILD, "50", "--output", str(output)]) == 0
+    command = [sys.executable, "-m", "mini_r1", "data", "check", str(output)]
+    piped = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert piped.stderr == ""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    shown = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    assert b"solving" in os.read(ours, 4096)
+    assert shown.stdout.decode() == piped.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -94,6 +124,9 @@ def test_data_build_and_check(tmp_path, capsys):
         ),
         ([*BUILD, "9", "--output", "x.txt"], "ends in .jsonl or .parquet"),
         (["data", "check", "no.jsonl"], "no file or folder 'no.jsonl'"),
+        (["data", "check", "."], "no .parquet, .jsonl, .json, .csv file in the folder ."),
+        (["data", "check", "owner/name"], "'owner/name' is no file or folder here"),
+        (["data", "check", ".", "--columns", "{nums: 1}"], "columns: want names such as {nums:"),
         (["train", "no.yaml"], "no.yaml: no such recipe"),
         (
             ["train", str(ORIGINAL), "--gpus", "4", "--gpu-memory", "80"],

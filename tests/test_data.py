@@ -1,6 +1,9 @@
 import json
 import random
+from decimal import Decimal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mini_r1 import InputError
@@ -8,8 +11,9 @@ from mini_r1.countdown.puzzles import Puzzle, generate
 from mini_r1.data import (
     Split,
     audit,
+    check_head,
     is_heldout,
-    load_puzzles,
+    load_rows,
     load_split,
     prompt_dataset,
     write_puzzles,
@@ -79,60 +83,296 @@ def test_split_seed_changes_the_parts():
     assert {key for key in keys(PUZZLES) if is_heldout(key, SMALL) != is_heldout(key, other)}
 
 
-def test_reads_every_format_and_folders(tmp_path):
-    rows = [{"nums": list(puzzle.nums), "target": puzzle.target} for puzzle in PUZZLES[:5]]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    lines = ["target,nums", *(f'{row["target"]},"{row["nums"]}"' for row in rows), ""]
-    (tmp_path / "b.csv").write_text("\n".join(lines))
-    write_puzzles(PUZZLES[:5], tmp_path / "c.jsonl")
-    write_puzzles(PUZZLES[:5], tmp_path / "d.parquet")
-    assert load_puzzles(str(tmp_path)) == list(PUZZLES[:5]) * 4
+def read(path, **changes):
+    """The puzzles of both parts, training rows first."""
+    train, heldout = load_rows(TaskConfig(dataset_id_or_path=str(path), **changes))
+    return [(list(row.puzzle.nums), row.puzzle.target) for row in (*train, *heldout)]
+
+
+def refused(path, **changes):
+    """The one line that refuses the data, without the path."""
+    with pytest.raises(InputError) as caught:
+        read(path, **changes)
+    message = str(caught.value)
+    assert len(message.replace(str(path), "")) <= 300
+    assert "\n" not in message
+    with pytest.raises(InputError) as in_advance:  # the doctor says the same
+        check_head(TaskConfig(dataset_id_or_path=str(path), **changes))
+    assert str(in_advance.value) == message
+    return message
+
+
+THREE, FOUR = ([19, 36, 55], 98), ([44, 19, 35, 7], 65)
+# How a list may be written in a CSV, and an integer.
+NUMS_AS_TEXT = [
+    ('"[44, 19, 35]"', [44, 19, 35]),
+    ('"[44.0, 19.0, 35.0]"', [44, 19, 35]),
+    ("44 19 35", [44, 19, 35]),
+    ('"44,19,35"', [44, 19, 35]),
+    ("[44 19 35]", [44, 19, 35]),
+    ('"[44 19\n 35]"', [44, 19, 35]),  # a long array of numpy's
+    ("[44. 19. 35.]", [44, 19, 35]),
+    ('"(44, 19)"', [44, 19]),
+    ('" [ 44,19 , 35 ] "', [44, 19, 35]),
+    ('"[[44, 19, 35]]"', [44, 19, 35]),
+    ("\"['44', '19']\"", [44, 19]),
+    ('"[""44"", ""19""]"', [44, 19]),
+    ('"[0, 7]"', [0, 7]),
+    ('"[1.5, 2]"', "line 2: nums: want a whole number, got '1.5'"),
+    ('"[44.0.0, 19]"', "line 2: nums: want a whole number, got '44.0.0'"),
+    ('"[44, 19, 35"', "line 2: nums: want a whole number, got '[44'"),
+    ('"[44, 19)"', "line 2: nums: want a whole number, got '[44'"),
+    ('"[44, , 19]"', "line 2: nums: missing"),
+    ('"[44, -19]"', "line 2: nums: want numbers >= 0, got [-19, 44]"),
+    ("44-19-35", "line 2: nums: want a whole number, got '44-19-35'"),
+    ("44;19;35", "line 2: nums: want a whole number, got '44;19;35'"),
+    ("1_000 2", "line 2: nums: want a whole number, got '1_000'"),
+    ("1e2 3", "line 2: nums: want a whole number, got '1e2'"),
+    ("0x1F 3", "line 2: nums: want a whole number, got '0x1F'"),
+    ("４４ １９", "line 2: nums: want a whole number, got '４４'"),
+    ('"[True, 2]"', "line 2: nums: want a whole number, got 'True'"),
+    ('"[nan, 2]"', "line 2: nums: want a whole number, got 'nan'"),
+    ('"[np.int64(44), 2]"', "line 2: nums: want a whole number, got 'np.int64(44)'"),
+    ("\"__import__('os').abort()\"", "line 2: nums: want a whole number"),
+    ('"[]"', "line 2: nums: want 2 to 6 numbers, got 0"),
+    ("44", "line 2: nums: want a list such as [19, 36, 55, 7], got 44"),
+    ("", "line 2: nums: missing"),
+    ('"[1,2,3,4,5,6,7]"', "line 2: nums: want 2 to 6 numbers, got 7"),
+    ("9" * 30 + " 2", "line 2: nums: want a whole number"),
+    ("9999999999999999999 2", "line 2: nums: want a number of at most 63 bits"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), NUMS_AS_TEXT)
+def test_lists_in_text(tmp_path, text, expected):
+    path = tmp_path / "x.csv"
+    path.write_text(f"nums,target\n{text},98\n", encoding="utf-8")
+    if isinstance(expected, list):
+        assert read(path) == [(expected, 98)]
+    else:
+        assert f"{path} {expected}" in refused(path)
+
+
+TARGETS = [
+    ("65", 65),
+    ("65.0", 65),
+    ('"65"', 65),
+    ('"65.0"', 65),
+    ('" +65 "', 65),
+    ("[65]", 65),
+    ("-5", -5),  # can be made: the grammar has a minus
+    ("6.5e1", 65),
+    ("27.4", "want a whole number, got 27.4"),
+    ('"27.4"', "want a whole number, got '27.4'"),
+    ("true", "want a whole number, got True"),
+    ("null", "missing"),
+    ('""', "missing"),
+    ("NaN", "missing"),
+    ("Infinity", "want a whole number, got inf"),
+    ("1e300", "want a whole number, got 1e+300"),
+    ("[1, 2]", "want a whole number, got [1, 2]"),
+    ('{"a": 1}', "want a whole number, got {'a': 1}"),
+    (f"{2**63}", "want a number of at most 63 bits, got 9223372036854775808"),
+    ('"sixty-five"', "want a whole number, got 'sixty-five'"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), TARGETS)
+def test_targets(tmp_path, text, expected):
+    path = tmp_path / "x.jsonl"
+    path.write_text(f'\n{{"nums": [19, 36, 55], "target": {text}}}\n')
+    if isinstance(expected, int):
+        assert read(path) == [([19, 36, 55], expected)]
+    else:
+        assert refused(path).endswith(f"{path} line 2: target: {expected}")
+
+
+NUMS = [
+    ("[44.0, 19.0]", [44, 19]),
+    ('["44", "19.0"]', [44, 19]),
+    ("[[44, 19]]", [44, 19]),
+    ("[[44], [19]]", [44, 19]),
+    ("[44, 19.5]", "want a whole number, got 19.5"),
+    ("[true, 19]", "want a whole number, got True"),
+    ("[null, 19]", "missing"),
+    ("[NaN, 19]", "missing"),
+    ("[-1, 19]", "want numbers >= 0, got [-1, 19]"),
+    ("[]", "want 2 to 6 numbers, got 0"),
+    ("[[1, 2], [3, 4]]", "want a whole number, got [1, 2]"),
+    ("null", "missing"),
+    ("NaN", "missing"),
+    ("5", "want a list such as [19, 36, 55, 7], got 5"),
+    ('{"0": 44, "1": 19}', "want a list such as [19, 36, 55, 7], got {'0': 44, '1': 19}"),
+    (f"[{'9' * 400}, 2]", "want a whole number, got 9999"),
+    (f'"{"x" * 9000}"', "want a whole number, got 'xxxx"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), NUMS)
+def test_lists(tmp_path, text, expected):
+    path = tmp_path / "x.json"
+    path.write_text(f'[{{"nums": [1, 2], "target": 3}},\n{{"nums": {text}, "target": 65}}]')
+    if isinstance(expected, list):
+        assert read(path)[1] == (expected, 65)
+    else:
+        assert f"{path} line 2: nums: {expected}" in refused(path)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("nums", "targets", "expected"),
     [
-        ("x.jsonl", '{"nums": [1, 2]}\n', r"no column 'target'"),
-        (
-            "x.jsonl",
-            '{"nums": [1, 2], "target": 3}\n{"nums": [1, 2], "target": 27.4}\n',
-            r"row 2: no puzzle: want an integer, got 27.4",
-        ),
-        (
-            "x.jsonl",
-            '{"nums": [1], "target": 1}\n',
-            r"row 1: no puzzle: want 2 to 6 numbers, got 1",
-        ),
-        ("x.jsonl", '{"nums": 5, "target": 1}\n', r"row 1: no puzzle"),
-        ("x.jsonl", "not json\n", r"cannot be read"),
-        ("x.parquet", "not parquet", r"cannot be read"),
-        ("x.txt", "", r"cannot be read"),
+        (pa.array([[19, 36, 55]], pa.list_(pa.int64())), [98], [THREE]),
+        (pa.array([[19, 36, 55]], pa.list_(pa.float32())), [98.0], [THREE]),
+        (pa.array([[19, 36, 55]], pa.list_(pa.int8(), 3)), [Decimal("98.00")], [THREE]),
+        (pa.array([["19", "36", "55"]], pa.large_list(pa.string())), ["98"], [THREE]),
+        (pa.array(["[19 36 55]"]).dictionary_encode(), [98], [THREE]),
+        ([[19, 36, 55], [1, None]], [98, 3], "row 2: nums: missing"),
+        ([[19, 36, 55], None], [98, 3], "row 2: nums: missing"),
+        ([[19, 36, 55], [1, 2]], [98, None], "row 2: target: missing"),
+        ([[True, False]], [1], "row 1: nums: want a whole number, got True"),
+        ([[1, 2]], [Decimal("3.5")], "row 1: target: want a whole number, got Decimal('3.5')"),
+        ([b"[1, 2]"], [3], "row 1: nums: want a list such as [19, 36, 55, 7], got b'[1, 2]'"),
+        (pa.array([], pa.list_(pa.int64())), pa.array([], pa.int64()), "holds no rows"),
     ],
 )
-def test_bad_files_are_explained(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=message):
-        load_puzzles(str(tmp_path / name))
+def test_parquet(tmp_path, nums, targets, expected):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"nums": nums, "target": targets}), path)
+    if isinstance(expected, list):
+        assert read(path) == expected
+    else:
+        assert f"{path} {expected}" in refused(path)
+
+
+# ---- Columns --------------------------------------------------------------------------------
+
+VERL = {
+    "data_source": "countdown",
+    "prompt": [{"role": "user", "content": "make 98"}],
+    "reward_model": {"style": "rule", "ground_truth": {"target": 98, "numbers": [19, 36, 55]}},
+    "extra_info": {"split": "train", "index": 0},
+}
+INSIDE = {
+    "nums": "reward_model.ground_truth.numbers",
+    "target": "reward_model.ground_truth.target",
+}
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("row", "columns"),
     [
-        ("no/such.jsonl", "no file or folder 'no/such.jsonl'"),
-        ("./nothing", "no file or folder"),
-        (
-            "generatd",
-            "no file or folder 'generatd'; write a path, a hub id such as owner/name, or generated",
-        ),
-        (
-            "owner/offline-data-set",
-            "cannot be loaded from the hub .* write 'dataset_id_or_path: generated'",
-        ),
+        ({"numbers": [19, 36, 55], "answer": 98}, {"nums": "numbers", "target": "answer"}),
+        ({"numbers": "19 36 55", "target": "98"}, {"nums": "numbers"}),
+        (VERL, INSIDE),
+        ({**VERL, "reward_model": json.dumps(VERL["reward_model"])}, INSIDE),
+        ({"a.b": {"c": [19, 36, 55]}, "t": 98}, {"nums": "a.b.c", "target": "t"}),
+        ({"nums": "kept", "x": [19, 36, 55], "target": 98}, {"nums": "x"}),
     ],
 )
-def test_missing_data_is_explained(source, message):
-    with pytest.raises(InputError, match=message):
-        load_puzzles(source)
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_columns_with_other_names(tmp_path, row, columns, suffix):
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".jsonl":
+        path.write_text(json.dumps(row))
+    else:
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    assert read(path, columns=columns) == [THREE]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "message"),
+    [
+        (
+            {"numbers": [1, 2], "target": 3},
+            None,
+            "columns: no column 'nums' in {}; it has numbers, target; write columns: {{nums: "
+            "numbers}}",
+        ),
+        (
+            {"nums": [1, 2], "answer": 3},
+            None,
+            "columns: no column 'target' in {}; it has nums, answer; write columns: {{target: "
+            "its name}}",
+        ),
+        (
+            {"numbers": [1, 2], "target": 3},
+            {"nums": "nubmers"},
+            "columns: no column 'nubmers' in {}; it has numbers, target; write columns: {{nums: "
+            "numbers}}",
+        ),
+        (VERL, None, "write columns: {{nums: reward_model.ground_truth.numbers}}"),
+        (
+            VERL,
+            {**INSIDE, "target": "reward_model.target"},
+            "no column 'reward_model.target' in {}; it has data_source, prompt, "
+            "reward_model.style, reward_model.ground_truth.target,",
+        ),
+        ({f"column_{i}": i for i in range(500)}, None, "it has column_0, column_1,"),
+    ],
+)
+def test_missing_columns_are_explained(tmp_path, row, columns, message):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row))
+    assert message.format(path) in refused(path, columns=columns)
+
+
+def test_columns_map_names():
+    with pytest.raises(InputError, match=r"columns: want names such as \{nums: numbers\}, got"):
+        TaskConfig(columns={"nums": 0})
+
+
+def test_further_columns_are_kept_as_they_are(tmp_path):
+    rows = [
+        {"nums": puzzle.nums, "target": puzzle.target, "level": {"of": i}, "prompt": "no"}
+        for i, puzzle in enumerate(PUZZLES)
+    ]
+    rows[3]["note"] = "a"
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    split = from_file(path, columns={"depth": "level.of", "again": "level.of"})
+    for i, puzzle in enumerate(PUZZLES):
+        note = "a" if i == 3 else None
+        expected = {"depth": i, "again": i, "level": {"of": i}, "note": note}
+        assert list(split.columns[puzzle.key].items()) == list(expected.items())
+    tokenizer, template = load_tokenizer("tiny_base"), PROMPT_TEMPLATES["compact"]
+    dataset, _ = prompt_dataset(split.train, template, tokenizer, 99, split.columns)
+    depths = {Puzzle(tuple(row["nums"]), row["target"]).key: row["depth"] for row in dataset}
+    assert depths == {puzzle.key: PUZZLES.index(puzzle) for puzzle in split.train}
+    assert dataset[0]["prompt"] != "no"
+    assert load_split(SMALL).columns == {}
+
+
+def test_columns_that_no_data_set_can_hold_are_refused(tmp_path):
+    path = tmp_path / "x.jsonl"
+    write_puzzles(PUZZLES, path)
+    lines = [
+        {**json.loads(line), "note": i if i % 2 else str(i)} for i, line in enumerate(path.open())
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(InputError, match="the column 'note' cannot go to the rewards"):
+        from_file(path)
+
+
+# ---- The author's parts ---------------------------------------------------------------------
+
+
+def test_what_the_author_holds_out_is_held_out(tmp_path):
+    write_puzzles(PUZZLES[:200], tmp_path / "train.parquet")
+    turned = [Puzzle(puzzle.nums[::-1], puzzle.target) for puzzle in PUZZLES[:20]]
+    write_puzzles([*turned, *PUZZLES[300:330]], tmp_path / "test.parquet")
+    split = from_file(tmp_path, num_puzzles=150)
+    assert keys(split.heldout) == keys(PUZZLES[:20]) | keys(PUZZLES[300:330])
+    assert keys(split.train) <= keys(PUZZLES[20:200])
+    assert (len(split.train), split.duplicates) == (150, 20)
+    by_hash = from_file(tmp_path, heldout_split="train")
+    assert keys(by_hash.train) | keys(by_hash.heldout) == keys(PUZZLES[:200])
+
+
+def test_a_training_part_that_was_held_out_is_refused(tmp_path):
+    for name in ("train", "test"):
+        write_puzzles(PUZZLES[:20], tmp_path / f"{name}.jsonl")
+    with pytest.raises(InputError, match=r"0 puzzles in .* leave 0 to train on and 20 held out"):
+        from_file(tmp_path)
 
 
 def test_too_few_puzzles_are_explained(tmp_path):
@@ -161,6 +401,9 @@ def test_audit():
     assert (report["puzzles"], report["distinct"], report["solvable"]) == (4, 3, 2)
     assert report["plus_minus_only_share"] == 0.5
     assert report["unsolvable_examples"] == ["1,1=9"]
+    assert "heldout" not in report
+    leaks = audit(PUZZLES[:9], PUZZLES[5:20])
+    assert (leaks["heldout"], leaks["also_in_heldout"]) == (15, 4)
 
 
 def test_writing_elsewhere_is_refused(tmp_path):

@@ -2,7 +2,6 @@
 
 import http.server
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -36,23 +35,6 @@ class Grumpy(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
-
-
-@pytest.fixture
-def online(monkeypatch):
-    """Returns a function that puts the hub elsewhere, for a process that has not been offline."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    hub.unreachable.cache_clear()
-    yield lambda address: monkeypatch.setattr(constants, "ENDPOINT", address)
-    hub.unreachable.cache_clear()
-
-
-@pytest.fixture
-def listening():
-    """The address of a port that takes connections and says nothing."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 def test_an_answer_is_an_answer_whatever_it_says(online):

@@ -262,9 +262,23 @@ def data_build(args: argparse.Namespace) -> None:
 
 
 def data_check(args: argparse.Namespace) -> None:
-    from mini_r1.data import audit, load_puzzles
+    from rich.console import Console
+    from rich.progress import track
 
-    print(json.dumps(audit(load_puzzles(args.source, args.split)), indent=2))
+    from mini_r1.data import audit, load_rows
+    from mini_r1.recipe import TaskConfig
+
+    train, heldout = (
+        [row.puzzle for row in rows]
+        for rows in load_rows(
+            TaskConfig(
+                dataset_id_or_path=args.source, dataset_split=args.split, columns=args.columns
+            )
+        )
+    )
+    console = Console(stderr=True)
+    bar = track(train, "solving", console=console, transient=True, disable=not console.is_terminal)
+    print(json.dumps(audit(bar, heldout), indent=2))
 
 
 def sweep(args: argparse.Namespace) -> None:
@@ -450,7 +464,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("source", metavar="FILE_OR_HUB_ID")
     command.add_argument(
-        "--split", default="train", help="split of a hub data set (default: train)"
+        "--split", default="train", help="the part of a folder or hub data set (default: train)"
+    )
+    command.add_argument(
+        "--columns", type=_mapping, help="as in a recipe: '{nums: numbers, target: answer}'"
     )
 
     command = _command(
@@ -502,6 +519,18 @@ def _machine_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="of each of them, as the card says: 24, 80, ...",
     )
+
+
+def _mapping(text: str) -> dict:
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("want a mapping such as '{nums: numbers}'")
+    return value
 
 
 def _positive(text: str) -> int:

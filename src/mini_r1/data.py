@@ -2,42 +2,59 @@
 
 What is taken and what is held out is decided for each puzzle by a hash of `split_seed` and its
 canonical key, and by nothing else: every rank, every resume and every order of the rows gives the
-same parts, and no puzzle can stand in both.
+same parts, and no puzzle can stand in both. Where the data's author made a part to test on, that
+part is held out as it is, and whatever of it stands among the training rows is dropped from them.
+
+A row is its columns. One step, `_rows`, makes a puzzle of two of them, `nums` and `target`, which
+the recipe's `columns` may look up under other names; the rest go to the rewards as they are.
 """
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mini_r1 import InputError, one_line
 from mini_r1.countdown.puzzles import Puzzle, generate, uniform_hash
-from mini_r1.countdown.solver import check_numbers, difficulty
-from mini_r1.model import is_local
+from mini_r1.countdown.solver import Difficulty, check_numbers, difficulty
 from mini_r1.prompts import PromptTemplate
 from mini_r1.recipe import TaskConfig
+from mini_r1.tables import KEY, Table, load_tables
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-FILE_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
+# Columns that cannot reach the rewards: TRL gives their names a meaning of its own, in a data set
+# or among a reward's arguments. The last two are what pandas calls an index.
+RESERVED_COLUMNS = {
+    *("prompt", "prompts", "completion", "completions", "completion_ids", "image", "images"),
+    *("environment", "environments", "trainer_state", "log_extra", "log_metric"),
+    *("", "__index_level_0__"),
+}
+
+# How numbers and lists of them are written where a file has only text.
+WHOLE = re.compile(r"\s*([+-]?[0-9]{1,25})(\.0*)?\s*")
+QUOTED = re.compile(r"^(['\"])(.*)\1$")
+BETWEEN_ITEMS = re.compile(r"\s*,\s*|\s+")
 
 
 @dataclass(frozen=True)
 class Split:
     """The two parts of a task's puzzles, each in the order of its hashes.
 
-    Of equal puzzles the first is kept; `duplicates` counts those that were dropped.
+    Of equal puzzles the first is kept, and a held-out one before one to train on; `duplicates`
+    counts those that were dropped. `columns` holds what else is in a puzzle's row, by its key.
     """
 
     train: tuple[Puzzle, ...]
     heldout: tuple[Puzzle, ...]
     duplicates: int
+    columns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def hash(self) -> str:
@@ -49,36 +66,48 @@ class Split:
         return sha256("\n\n".join(parts).encode()).hexdigest()
 
 
+class Row(NamedTuple):
+    """A puzzle, and which row of which table it is made of; no table: it was generated."""
+
+    puzzle: Puzzle
+    table: Table | None = None
+    index: int = 0
+
+
 def load_split(task: TaskConfig) -> Split:
     """Load the task's puzzles and part them.
 
     Raises:
         InputError: the data cannot be had or read, or hold fewer puzzles than the recipe needs.
     """
-    source = task.dataset_id_or_path
-    if source == "generated":
-        try:
-            puzzles = list(generate(task.num_puzzles, task.split_seed, task.space))
-        except ValueError as error:
-            raise InputError(str(error), key="num_puzzles") from None
-    else:
-        puzzles = load_puzzles(source, task.dataset_split)
-    distinct = {puzzle.key: puzzle for puzzle in reversed(puzzles)}  # the first of equal ones
+    train, heldout = load_rows(task)
+
+    # Of equal puzzles the first is kept, the author's held-out ones before all others.
+    distinct: dict[str, Row] = {}
+    for row in (*heldout, *train):
+        distinct.setdefault(row.puzzle.key, row)
+    by_author = {row.puzzle.key for row in heldout}
+
+    # What is taken, and which part it goes to.
     ordered = sorted(distinct, key=lambda key: uniform_hash("take", task.split_seed, key))
-    taken = ordered[: task.num_puzzles]
-    heldout = {key for key in taken if is_heldout(key, task)}
-    split = Split(
-        train=tuple(distinct[key] for key in taken if key not in heldout),
-        heldout=tuple(distinct[key] for key in taken if key in heldout),
-        duplicates=len(puzzles) - len(distinct),
-    )
-    if not split.train or not split.heldout:
+    taken = [key for key in ordered if key not in by_author][: task.num_puzzles]
+    held_out = by_author or {key for key in taken if is_heldout(key, task)}
+    train_keys = [key for key in taken if key not in held_out]
+    heldout_keys = [key for key in ordered if key in held_out]
+    if not train_keys or not heldout_keys:
         raise InputError(
-            f"{len(taken)} puzzles in {source} leave {len(split.train)} to train on and "
-            f"{len(split.heldout)} held out; use more puzzles or another test_share",
-            key="dataset_id_or_path",
+            f"{len(taken)} puzzles in {task.dataset_id_or_path} leave {len(train_keys)} to train "
+            f"on and {len(heldout_keys)} held out; use more puzzles or another test_share",
+            key=KEY,
         )
-    return split
+    return Split(
+        train=tuple(distinct[key].puzzle for key in train_keys),
+        heldout=tuple(distinct[key].puzzle for key in heldout_keys),
+        duplicates=len(train) + len(heldout) - len(distinct),
+        columns=_further_columns(
+            {key: distinct[key] for key in (*train_keys, *heldout_keys)}, task.columns or {}
+        ),
+    )
 
 
 def is_heldout(key: str, task: TaskConfig) -> bool:
@@ -89,28 +118,35 @@ def is_heldout(key: str, task: TaskConfig) -> bool:
     return uniform_hash("split", task.split_seed, key) < task.test_share * 2**64
 
 
-def load_puzzles(source: str, split: str = "train") -> list[Puzzle]:
-    """The puzzles of a local file or folder, or of a data set of the hub, in their order.
+def load_rows(task: TaskConfig) -> tuple[list[Row], list[Row]]:
+    """The task's rows in their order: those to train on, and those that their author held out.
 
     Raises:
-        InputError: it cannot be had, or a row is no puzzle; names the source and the row.
+        InputError: they cannot be had, or a row is no puzzle; names the file and the row.
     """
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in FILE_SUFFIXES)
-        if not files:
-            suffixes = ", ".join(FILE_SUFFIXES)
-            raise InputError(f"no {suffixes} file in the folder {source}", key="dataset_id_or_path")
-        return [puzzle for file in files for puzzle in _puzzles(_read_file(file), str(file))]
-    if path.is_file():
-        return _puzzles(_read_file(path), source)
-    if path.suffix in FILE_SUFFIXES or is_local(source):
-        raise InputError(
-            f"no file or folder '{source}'; write a path, a hub id such as owner/name, or "
-            "generated",
-            key="dataset_id_or_path",
-        )
-    return _puzzles(_read_hub(source, split), source)
+    if task.dataset_id_or_path == "generated":
+        try:
+            puzzles = generate(task.num_puzzles, task.split_seed, task.space)
+            return [Row(puzzle) for puzzle in puzzles], []
+        except ValueError as error:
+            raise InputError(str(error), key="num_puzzles") from None
+    tables = load_tables(task.dataset_id_or_path, task.dataset_split, task.heldout_split)
+    train, heldout = (
+        [row for table in part for row in _rows(table, task.columns or {})] for part in tables
+    )
+    return train, heldout
+
+
+def check_head(task: TaskConfig) -> None:
+    """Try the first rows of what is on this machine.
+
+    Raises:
+        InputError: as `load_rows`.
+    """
+    head = load_tables(task.dataset_id_or_path, task.dataset_split, task.heldout_split, head=True)
+    for table in (*head.train, *head.heldout):
+        for _ in _rows(table, task.columns or {}):
+            pass
 
 
 def prompt_dataset(
@@ -118,22 +154,25 @@ def prompt_dataset(
     template: PromptTemplate,
     tokenizer: "PreTrainedTokenizerBase",
     max_prompt_length: int,
+    columns: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple["Dataset", int]:
     """What the trainer draws from.
 
     Args:
         max_prompt_length: in tokens; today's TRL neither truncates nor drops prompts by itself.
+        columns: further ones for the rewards, by the puzzle's key: `Split.columns`.
 
     Returns:
-        a dataset with the columns prompt (str), target (int) and nums (list of int), and how many
-        prompts were too long for it.
+        a dataset with the columns prompt (str), target (int) and nums (list of int), the further
+        ones beside them, and how many prompts were too long for it.
     """
     from datasets import Dataset
 
     rows = []
     for puzzle in puzzles:
         prompt = template.render(puzzle.nums, puzzle.target, tokenizer)
-        rows.append({"prompt": prompt, "target": puzzle.target, "nums": list(puzzle.nums)})
+        row = {"prompt": prompt, "target": puzzle.target, "nums": list(puzzle.nums)}
+        rows.append({**(columns or {}).get(puzzle.key, {}), **row})
     lengths = [len(ids) for ids in tokenizer([row["prompt"] for row in rows])["input_ids"]]
     kept = [row for row, length in zip(rows, lengths, strict=True) if length <= max_prompt_length]
     if not kept:
@@ -170,76 +209,150 @@ def write_puzzles(puzzles: Sequence[Puzzle], path: Path) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror}", where="--output") from None
 
 
-def audit(puzzles: Sequence[Puzzle]) -> dict[str, Any]:
-    """What is in a data set: how many puzzles are solvable, doubled, and how hard they are."""
-    found = {puzzle.key: difficulty(puzzle.nums, puzzle.target) for puzzle in puzzles}
+def audit(puzzles: Iterable[Puzzle], heldout: Sequence[Puzzle] = ()) -> dict[str, Any]:
+    """What is in a data set: how many puzzles are solvable, doubled, and how hard they are.
+
+    Args:
+        heldout: those that their author held out; how many of the others are among them?
+    """
+    found: dict[str, Difficulty | None] = {}
+    count = 0
+    for puzzle in puzzles:
+        count += 1
+        if puzzle.key not in found:
+            found[puzzle.key] = difficulty(puzzle.nums, puzzle.target)
     solvable = [d for d in found.values() if d is not None]
+    keys = {puzzle.key for puzzle in heldout}
+    leaks = {"heldout": len(heldout), "also_in_heldout": len(found.keys() & keys)}
     return {
-        "puzzles": len(puzzles),
+        "puzzles": count,
         "distinct": len(found),
         "solvable": len(solvable),
         "plus_minus_only_share": sum(d.plus_minus_only for d in solvable) / max(1, len(solvable)),
         "by_numbers": dict(sorted(Counter(str(d.numbers) for d in solvable).items())),
         "by_operator_kinds": dict(sorted(Counter(str(d.operator_kinds) for d in solvable).items())),
         "unsolvable_examples": [key for key, d in found.items() if d is None][:5],
+        **(leaks if heldout else {}),
     }
 
 
-# ---- Reading --------------------------------------------------------------------------------
+# ---- Rows -----------------------------------------------------------------------------------
 
 
-def _read_file(path: Path) -> Iterable[Mapping[str, Any]]:
-    import pandas
+def _rows(table: Table, columns: Mapping[str, str]) -> Iterator[Row]:
+    """The Countdown step: a puzzle of each row.
 
-    try:
-        if path.suffix == ".parquet":
-            frame = pandas.read_parquet(path)
-        elif path.suffix == ".csv":
-            frame = pandas.read_csv(path)
-        else:
-            frame = pandas.read_json(path, lines=path.suffix == ".jsonl")
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read: {one_line(error)}", key="dataset_id_or_path"
-        ) from None
-    return frame.to_dict("records")
-
-
-def _read_hub(dataset_id: str, split: str) -> Iterable[Mapping[str, Any]]:
-    from datasets import load_dataset
-
-    try:
-        return iter(load_dataset(dataset_id, split=split))
-    except (OSError, ValueError, RuntimeError) as error:
-        # Offline, unknown id, unknown split: the hub's own words follow.
-        raise InputError(
-            f"'{dataset_id}' cannot be loaded from the hub ({one_line(error, 200)}); without "
-            "network write 'dataset_id_or_path: generated'",
-            key="dataset_id_or_path",
-        ) from error
-
-
-def _puzzles(rows: Iterable[Mapping[str, Any]], source: str) -> list[Puzzle]:
-    puzzles = []
-    for number, row in enumerate(rows, start=1):
+    Raises:
+        InputError: a row that is no puzzle is not skipped; its author should know.
+    """
+    all_nums, targets = (table.column(name, columns.get(name)) for name in ("nums", "target"))
+    for index, (nums, target) in enumerate(zip(all_nums, targets, strict=True)):
         try:
-            nums = row["nums"]
-            if isinstance(nums, str):  # csv has no lists: "[19, 36, 55]" or "19 36 55"
-                nums = re.findall(r"-?\d+", nums)
-            puzzle = Puzzle(tuple(_integer(n) for n in nums), _integer(row["target"]))
-            check_numbers(puzzle.nums)
-        except KeyError as error:
-            raise InputError(
-                f"{source}: no column {error}; want the columns nums and target, got {list(row)}"
-            ) from None
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{source} row {number}: no puzzle: {error}") from None
-        puzzles.append(puzzle)
-    return puzzles
+            puzzle = Puzzle(_numbers(nums), _target(target))
+        except ValueError as error:
+            raise InputError(f"{table.place(index)}: {error}", key=KEY) from None
+        yield Row(puzzle, table, index)
 
 
-def _integer(value: Any) -> int:
-    integer = int(value)
-    if integer != float(value):
-        raise ValueError(f"want an integer, got {value!r}")
-    return integer
+def _numbers(value: Any) -> tuple[int, ...]:
+    try:
+        items = _items(value) if isinstance(value, str) else value
+        while isinstance(items, list) and len(items) == 1 and isinstance(items[0], list):
+            items = items[0]
+        if _is_missing(items):
+            raise ValueError("missing")
+        if not isinstance(items, list):
+            raise ValueError(f"want a list such as [19, 36, 55, 7], got {_shown(value)}")
+        numbers = tuple(map(_whole, items))
+        check_numbers(numbers)
+    except ValueError as error:
+        raise ValueError(f"nums: {error}") from None
+    return numbers
+
+
+def _target(value: Any) -> int:
+    try:
+        return _whole(value)
+    except ValueError as error:
+        raise ValueError(f"target: {error}") from None
+
+
+def _items(text: str) -> list[str]:
+    """The items of a list written as text: `[44.0, 19.0]`, `(44, 19)`, `[44 19]`, `44,19`."""
+    inner = text.strip()
+    while inner[:1] + inner[-1:] in ("[]", "()"):
+        inner = inner[1:-1].strip()
+    return [QUOTED.sub(r"\2", item) for item in BETWEEN_ITEMS.split(inner)] if inner else []
+
+
+def _whole(value: Any) -> int:
+    """An integer, also one that is written as `65.0` or as text.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if type(value) is int and abs(value) < 2**63:
+        return value
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if _is_missing(value):
+        raise ValueError("missing")
+    if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
+        return int(value)
+    match = WHOLE.fullmatch(str(value))
+    if match is None:
+        raise ValueError(f"want a whole number, got {_shown(value)}")
+    if abs(int(match[1])) >= 2**63:
+        raise ValueError(f"want a number of at most 63 bits, got {_shown(value)}")
+    return int(match[1])
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value == "" or value != value  # NaN
+
+
+def _shown(value: Any) -> str:
+    return one_line(repr(value), 60)
+
+
+def _further_columns(
+    rows: Mapping[str, Row], columns: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """What else is in the rows, by key: every row with the same columns.
+
+    Raises:
+        InputError: a column mixes what no data set can hold together, such as text and numbers.
+    """
+    by_table = defaultdict(list)
+    for key, row in rows.items():
+        if row.table is not None:
+            by_table[row.table].append((key, row.index))
+    # Those of the recipe under their names here, the others under their own; the same order in
+    # every process.
+    hidden = {*RESERVED_COLUMNS, "nums", "target", *columns.values()}
+    names = dict.fromkeys(name for name in columns if name not in ("nums", "target"))
+    names |= dict.fromkeys(
+        name for table in by_table for name in table.columns if name not in hidden
+    )
+    found = {key: dict(names) for key in rows} if names else {}
+    for name in names:
+        for table, places in by_table.items():
+            if name in columns or name in table.columns:
+                values = table.column(name, columns.get(name))
+                for key, index in places:
+                    found[key][name] = values[index]
+        _check_column(name, [each[name] for each in found.values()])
+    return found
+
+
+def _check_column(name: str, values: Sequence[Any]) -> None:
+    import pyarrow
+
+    try:
+        pyarrow.array(values)
+    except (pyarrow.ArrowException, OverflowError) as error:
+        raise InputError(
+            f"the column '{name}' cannot go to the rewards, its values differ in kind: "
+            f"{one_line(error, 120)}",
+            key=KEY,
+        ) from None

@@ -112,10 +112,29 @@ class TaskConfig:
         },
     )
     dataset_split: str = field(
-        default="train", metadata={"help": "split of a hub data set; both our parts come from it"}
+        default="train",
+        metadata={"help": "the part of a folder or of a hub data set to train on"},
+    )
+    heldout_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "the part to hold out as its author made it: test, or else validation, where "
+            "there is one; the same as dataset_split holds out a test_share of that"
+        },
+    )
+    columns: dict[str, str] | None = field(
+        default=None,
+        metadata={
+            "help": "which column is which, where they have other names, such as {nums: numbers, "
+            "target: reward_model.ground_truth}; a dotted path leads into a column"
+        },
     )
     num_puzzles: int = field(
-        default=50_000, metadata={"help": "how many puzzles to take, held-out part included"}
+        default=50_000,
+        metadata={
+            "help": "how many puzzles to take, held-out part included; an author's own held-out "
+            "part comes on top, whole"
+        },
     )
     num_numbers: tuple[int, ...] = field(
         default=(3, 4), metadata={"help": "generated: how many numbers a puzzle gives"}
@@ -164,6 +183,10 @@ class TaskConfig:
         self._check("prompt_template", check_choice, self.prompt_template, PROMPT_TEMPLATES)
         if not self.reward_funcs:
             raise InputError("name at least one reward", key="reward_funcs")
+        if not all(isinstance(each, str) for pair in (self.columns or {}).items() for each in pair):
+            raise InputError(
+                f"want names such as {{nums: numbers}}, got {self.columns}", key="columns"
+            )
         try:
             space = self.space
             if self.dataset_id_or_path == "generated":

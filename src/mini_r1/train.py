@@ -115,7 +115,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     tokenizer = load_tokenizer(start.weights, recipe.get("model_revision"))
     template = PROMPT_TEMPLATES[recipe.task.prompt_template]
     dataset, too_long = prompt_dataset(
-        split.train, template, tokenizer, recipe.task.max_prompt_length
+        split.train, template, tokenizer, recipe.task.max_prompt_length, columns=split.columns
     )
 
     # The trainer, and the vLLM server it may want.

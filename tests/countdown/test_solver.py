@@ -1,5 +1,7 @@
 import random
 import time
+from fractions import Fraction
+from itertools import combinations, permutations
 
 import pytest
 
@@ -49,6 +51,38 @@ def test_difficulty():
     )
     # 5 - 5 and 5 / 5 * 0 are different, 5 - 5 and its mirror image are not.
     assert difficulty([5, 5], 0).solutions == 1
+
+
+def made_with(operators, values):
+    """What can be made with these operators alone: combine any two, drop the sign, repeat."""
+    if len(values) == 1:
+        return {values[0]}
+    found = set()
+    for i, j in permutations(range(len(values)), 2):
+        x, y = values[i], values[j]
+        rest = [values[k] for k in range(len(values)) if k not in (i, j)]
+        results = {"+": x + y, "-": abs(x - y), "*": x * y, "/": x / y if y else None}
+        for operator in operators:
+            if results[operator] is not None:
+                found |= made_with(operators, [*rest, results[operator]])
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_fewest_kinds_of_operators(size):
+    rng = random.Random(size)
+    sets = ["".join(some) for kinds in (1, 2, 3, 4) for some in combinations("+-*/", kinds)]
+    for _ in range({2: 40, 3: 20, 4: 1}[size]):
+        nums = [rng.randint(0, 12) for _ in range(size)]
+        made = {some: made_with(some, [Fraction(n) for n in nums]) for some in sets}
+        for target in range(60):
+            enough = [some for some in sets if target in made[some]]
+            found = difficulty(nums, target)
+            if not enough:
+                assert found is None
+                continue
+            assert found.operator_kinds == min(map(len, enough)), (nums, target)
+            assert found.plus_minus_only == ("+-" in enough), (nums, target)
 
 
 def test_zero_and_division():

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from mini_r1 import InputError
 from mini_r1.cli import main
@@ -100,6 +101,55 @@ def test_broken_recipes_are_explained_in_one_line_at_once(tmp_path, mistake):
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["broken.yaml"]
+
+
+GOOD = json.dumps({"nums": [1, 2], "target": 3})
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("x.jsonl", GOOD, None),
+        ("x.jsonl", "", "x.jsonl holds no rows"),
+        ("x.jsonl", "<html>", "x.jsonl cannot be read: line 1: Expecting value"),
+        ("x.jsonl", '{"numbers": [1, 2], "target": 3}', "write columns: {nums: numbers}"),
+        ("x.jsonl", GOOD + '\n{"nums": [1], "target": 3}', "x.jsonl line 2: nums: want 2 to 6"),
+        ("x/train.jsonl", GOOD, None),
+        ("x/test.jsonl", GOOD, "has no part 'train'; it has test"),
+        ("x/readme.txt", GOOD, "no .parquet, .jsonl, .json, .csv file in the folder"),
+        ("hub/datasets--owner--name/snapshots/0/data/train-00000-of-00001.jsonl", GOOD, None),
+        (
+            "hub/datasets--owner--name/snapshots/0/data/train-00000-of-00001.jsonl",
+            '{"nums": [1], "target": 3}',
+            "train-00000-of-00001.jsonl line 1: nums: want 2 to 6 numbers, got 1",
+        ),
+    ],
+)
+def test_the_data_are_opened(tmp_path, monkeypatch, file, content, message):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for path, text in ((file, content), ("hub/datasets--owner--name/refs/main", "0")):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    source = "owner/name" if file.startswith("hub") else tmp_path / file.partition("/")[0]
+    (tmp_path / "r.yaml").write_text(
+        f"model_name_or_path: tiny_base\noutput_dir: {tmp_path / 'run'}\n"
+        f"dataset_id_or_path: {source}\nmax_completion_length: 120\n"
+    )
+    found = [problem.problem for problem in doctor.problems(load_recipe(tmp_path / "r.yaml"))]
+    if message is None:
+        assert found == []
+    else:
+        assert len(found) == 1
+        assert message in found[0]
+
+
+def test_large_data_are_opened_in_no_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "large.jsonl"
+    path.write_text(f"{GOOD}\n" * 1_000_000)
+    started = time.process_time()
+    doctor.first_problem(load_recipe(TINY, ["--dataset_id_or_path", str(path)]))
+    assert time.process_time() - started < 1
 
 
 def test_a_recipe_that_runs_here(capsys, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from mini_r1 import InputError, hub, one_line
+from mini_r1.data import check_head
 from mini_r1.launch.memory import disk_bytes, model_shape
 from mini_r1.launch.plan import Machine, make_plan
 from mini_r1.model import EMBEDDED_BASES, adapter_base, is_local, model_folder, whole_model
@@ -48,6 +49,7 @@ from mini_r1.run import (
     weights_and_task,
     weights_of,
 )
+from mini_r1.tables import locate
 
 LOGIN_TIMEOUT = 3.0  # seconds; a run that writes to the hub starts with asking it
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}  # of lora_target_modules
@@ -394,23 +396,15 @@ def _disk(recipe: Recipe, launcher: str | None) -> Iterator[InputError]:
 
 def _data(recipe: Recipe) -> Iterator[InputError]:
     source = recipe.task.dataset_id_or_path
-    if source == "generated" or Path(source).exists():
+    if source == "generated":
         return
-    if is_local(source):
-        yield InputError(
-            f"no file or folder '{source}'; write a path, a hub id such as owner/name, or "
-            "generated",
-            key="dataset_id_or_path",
-        )
-    else:
-        yield from _on_hub(source, "dataset")
-
-
-def _on_hub(name: str, kind: hub.Kind) -> Iterator[InputError]:
-    """Whether the local cache has it, or the hub."""
-    refused = hub.refusal(name, kind)
-    if refused is not None:
-        yield refused
+    try:
+        if locate(source):
+            check_head(recipe.task)
+        elif refused := hub.refusal(source, "dataset"):
+            yield refused
+    except InputError as error:
+        yield error
 
 
 def _packages() -> Iterator[str]:

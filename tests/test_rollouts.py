@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mini_r1.rewards import equation_reward, format_reward
+from mini_r1.rewards import RewardFunction, format_reward, get_reward_functions
 from mini_r1.rollouts import (
     ALL_FILE,
     SHARE,
@@ -24,7 +24,7 @@ COMPLETIONS = ["</think>\n<answer>1+2</answer>", "</think>\n<answer>2-1</answer>
 def feed(recorder, step, main=True, log_metric=lambda name, value: None):
     """What TRL hands to the reward functions in one step."""
     state = SimpleNamespace(global_step=step - 1, is_world_process_zero=main)
-    for function in recorder.watch((format_reward, equation_reward)):
+    for function in recorder.watch(get_reward_functions(["format", "equation"])):
         scores = function(
             completions=COMPLETIONS,
             target=[3] * 200,
@@ -72,7 +72,9 @@ def test_watched_rewards_keep_name_kind_and_result(tmp_path):
     async def slow_reward(completions, **columns):
         return [0.25] * len(completions)
 
-    watched_format, watched_slow = RolloutRecorder(tmp_path).watch([format_reward, slow_reward])
+    functions = (format_reward, slow_reward)
+    rewards = [RewardFunction(each.__name__, each.__name__, (), each) for each in functions]
+    watched_format, watched_slow = RolloutRecorder(tmp_path).watch(rewards)
     assert (watched_format.__name__, watched_slow.__name__) == ("format_reward", "slow_reward")
     assert inspect.iscoroutinefunction(watched_slow)
     state = SimpleNamespace(global_step=0, is_world_process_zero=True)

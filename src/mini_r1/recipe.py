@@ -103,7 +103,10 @@ class TaskConfig:
     )
     reward_funcs: tuple[str, ...] = field(
         default=("format", "equation"),
-        metadata={"help": "registered rewards or dotted paths; see reward_weights"},
+        metadata={
+            "help": "registered rewards, dotted paths or files (my_task.py:my_reward); see "
+            "reward_weights"
+        },
     )
     num_eval_puzzles: int = field(
         default=500, metadata={"help": "held-out puzzles to evaluate before and after training"}

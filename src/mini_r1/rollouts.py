@@ -3,11 +3,10 @@
 The files have the same names and lots as the original's. Imports no ML library.
 """
 
-import functools
 import inspect
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +69,12 @@ class RolloutRecorder:
         self._names: list[str] = []
         self._scores: dict[str, list[float]] = {}
 
-    def watch(self, functions: Sequence[RewardFunction]) -> list[RewardFunction]:
-        """The same reward functions under the same names, observed."""
-        self._names = [function.__name__ for function in functions]
-        return [self._watched(function) for function in functions]
+    def watch(self, rewards: Sequence[RewardFunction]) -> list[Callable[..., Any]]:
+        """The same rewards as functions of those names, observed."""
+        self._names = [reward.name for reward in rewards]
+        return [self._watched(reward.name, reward.function) for reward in rewards]
 
-    def _watched(self, function: RewardFunction) -> RewardFunction:
-        name = function.__name__
-
+    def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         async def watched_coroutine(**columns: Any) -> list[float]:
             return self._note(name, await function(**columns), columns)
 
@@ -85,7 +82,9 @@ class RolloutRecorder:
             return self._note(name, function(**columns), columns)
 
         is_coroutine = inspect.iscoroutinefunction(function)
-        return functools.wraps(function)(watched_coroutine if is_coroutine else watched)
+        watching = watched_coroutine if is_coroutine else watched
+        watching.__name__ = name  # which TRL calls its metrics by
+        return watching
 
     def _note(self, name: str, scores: list[float], columns: dict[str, Any]) -> list[float]:
         self._scores[name] = scores

@@ -233,9 +233,9 @@ def test_whatever_can_be_called_is_a_reward(write, path, attribute):
     (reward,) = get_reward_functions([path.format(attribute)])
     assert reward.name == attribute.rpartition(".")[2]
     assert reward.path == path.format(attribute)
+    assert reward.is_async is attribute.startswith("slow")
     returned = reward.function(**dict.fromkeys(COLUMNS) | {"completions": ["a", "bb"]})
-    is_async = attribute.startswith("slow")
-    assert (asyncio.run(returned) if is_async else returned) == [0.0, 1.0]
+    assert (asyncio.run(returned) if reward.is_async else returned) == [0.0, 1.0]
 
 
 def test_a_file_anywhere_is_found(write, tmp_path, monkeypatch):

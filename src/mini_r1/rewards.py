@@ -1,4 +1,4 @@
-"""The format and equation rewards, the registry, and rewards of your own.
+"""The format and equation rewards, the registry, rewards of your own, and what a reward may return.
 
 Rewards have TRL's signature: keyword columns with one entry per completion in, one number per
 completion out. A malformed completion scores 0. A defect (a missing column, a target that is no
@@ -6,6 +6,7 @@ number) raises; it is never turned into reward 0.
 """
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -14,7 +15,7 @@ import reprlib
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -24,13 +25,15 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
-from mini_r1 import InputError, one_line
+from mini_r1 import InputError, RunFailed, one_line
 from mini_r1.completion import parse_completion
 from mini_r1.countdown.expression import is_solution
 
 # What rewards are called with, by keyword: what TRL adds, and the columns of data.prompt_dataset.
 COLUMNS = ("prompts", "completions", "completion_ids", "target", "nums")
 COLUMNS += ("trainer_state", "log_extra", "log_metric")
+# TRL squares rewards in 32 bits: the spread of larger ones is infinite, and they teach nothing.
+LARGEST_REWARD = 1e18
 
 
 # ---- The rewards ----------------------------------------------------------------------------
@@ -100,6 +103,68 @@ class RewardFunction:
     path: str
     address: tuple[str, ...]
     function: Callable[..., Any]
+
+    @property
+    def is_async(self) -> bool:
+        """Whether it gives a coroutine; of a partial and of an object, what they call."""
+        function = self.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        return any(map(inspect.iscoroutinefunction, (function, function.__call__)))
+
+    @contextmanager
+    def blamed(self, step: int) -> Generator[None]:
+        """An exception of the function names it, and is a defect, whatever it is."""
+        where = f"in the reward {self.path}, step {step}"
+        try:
+            yield
+        except (SystemExit, InputError, RunFailed) as error:  # would end the run without a trace
+            raise RuntimeError(f"{error!r} {where}") from error
+        except Exception as error:
+            error.add_note(where)
+            raise
+
+    def scores(self, returned: Any, completions: Sequence[Any], step: int) -> list[float | None]:
+        """What the function returned in a step, as plain numbers; None where it does not apply.
+
+        Raises:
+            RunFailed: it is not one number or None for each completion.
+        """
+        listed = isinstance(returned, Iterable) and getattr(returned, "ndim", 1) > 0
+        if not listed or isinstance(returned, str | bytes | Mapping | Set):
+            raise self._failed(step, f"{_short(returned)}; want a list of numbers")
+        with self.blamed(step):  # a generator works only now
+            entries = list(returned)
+        if len(entries) != len(completions):
+            raise self._failed(
+                step, f"{len(entries)} rewards for {len(completions)} completions; want one each"
+            )
+        scores = list(map(_number, entries))
+        for index, score in enumerate(scores):
+            if score is not None and not abs(score) <= LARGEST_REWARD:
+                text = _short(completion_text(completions[index]))
+                raise self._failed(
+                    step,
+                    f"{_short(entries[index])} for completion {index + 1} of {len(scores)}, "
+                    f"{text}; want a finite number (at most {LARGEST_REWARD:g}), or None where it "
+                    "does not apply",
+                )
+        return scores
+
+    def _failed(self, step: int, returned: str) -> RunFailed:
+        return RunFailed(f"the reward {self.path} returned, in step {step}, {returned}")
+
+
+def _number(entry: Any) -> float | None:
+    """An entry of numpy or torch, too, as a plain number; NaN if it is none."""
+    if entry is None:
+        return None
+    if isinstance(entry, str | bytes) or getattr(entry, "ndim", 0):
+        return float("nan")
+    try:
+        return float(entry.item() if hasattr(entry, "item") else entry)
+    except (TypeError, ValueError, OverflowError):
+        return float("nan")
 
 
 def _short(value: Any) -> str:

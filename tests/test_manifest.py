@@ -1,4 +1,5 @@
 import json
+import os
 
 from mini_r1.manifest import build_manifest, weights_hash
 from mini_r1.model import model_path
@@ -11,6 +12,7 @@ def test_manifest_names_what_produced_a_run():
     assert manifest["hardware"]["world_size"] == 1
     assert manifest["model"]["sha256"] == weights_hash(model_path("tiny_base"))
     assert manifest["data"] == data
+    assert manifest["folder"] == os.getcwd()
     changed = build_manifest({**recipe, "seed": 2}, model_path("tiny_base"), None, data)
     assert changed["recipe_sha256"] != manifest["recipe_sha256"]
     json.dumps(manifest)

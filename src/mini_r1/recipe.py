@@ -225,8 +225,13 @@ def default_of(key: str) -> Any:
     return {**_fields_of(_MODEL_CLASSES), **_fields_of(_TRAINING_CLASSES)}[key].default
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, to_train: bool = True
+) -> Recipe:
     """Read a recipe, apply overrides (`--key value ...`), check everything that needs no machine.
+
+    Args:
+        to_train: else its rewards are not looked for: a run can be evaluated without them.
 
     Raises:
         InputError: in one line, what is wrong, in which line of the file, and what to write.
@@ -237,7 +242,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         given[key] = value
         lines[key] = f"--{key}"
     _refuse_old_keys(path, given)
-    return Recipe(path, tuple(overrides), lines, *_resolve(path, given, lines))
+    recipe = Recipe(path, tuple(overrides), lines, *_resolve(path, given, lines))
+    if to_train:
+        try:
+            get_reward_functions(recipe.task.reward_funcs)
+        except InputError as error:
+            raise recipe.place(error) from None
+    return recipe
 
 
 CARD = ("runs on", "takes", "expect")
@@ -326,7 +337,6 @@ def _resolve(
     parts["training"].setdefault("output_dir", f"runs/{path.stem}")
     try:
         task = TaskConfig(**parts["task"])
-        get_reward_functions(task.reward_funcs)
     except InputError as error:
         place = where.get(error.key or "", path)
         raise InputError(error.problem, key=error.key, where=place) from None

@@ -267,7 +267,7 @@ def train_own(folder, *rewards):
     return subprocess.run(arguments, capture_output=True, text=True, timeout=300, cwd=folder)
 
 
-def test_own_rewards_of_all_kinds_train(own_task):
+def test_own_rewards_and_data_train_and_the_run_is_evaluated_elsewhere(own_task):
     rewards = ["format", "my_task.brackets", "my_task.py:short", "my_task.for_some"]
     done = train_own(own_task, *rewards)
     assert done.returncode == 0, done.stderr
@@ -278,6 +278,13 @@ def test_own_rewards_of_all_kinds_train(own_task):
     samples = read_samples(run_dir / "samples" / ALL_FILE)
     assert {frozenset(sample.rewards) for sample in samples} == {frozenset(names)}
     assert {sample.rewards["for_some"] for sample in samples} == {None, 0.5}
+    elsewhere = own_task / "elsewhere"
+    elsewhere.mkdir()
+    mini_r1 = [sys.executable, "-m", "mini_r1", "eval", str(run_dir)]
+    done = subprocess.run(mini_r1, capture_output=True, text=True, timeout=300, cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    after = json.loads((run_dir / "eval" / "after.json").read_text())
+    assert json.loads(done.stdout)["success"] == after["success"]
 
 
 def test_a_reward_that_is_no_number_ends_the_run_with_one_line(own_task):

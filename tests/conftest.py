@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 
 import pytest
 from hypothesis import settings
@@ -10,6 +11,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a hub must fail, n
 
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """A new current folder; the modules imported from it are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    for name, module in [*sys.modules.items()]:
+        if (getattr(module, "__file__", None) or "").startswith(f"{tmp_path}{os.sep}"):
+            del sys.modules[name]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

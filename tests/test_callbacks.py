@@ -1,3 +1,4 @@
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +60,20 @@ def test_the_clock_counts_on_after_a_resume(stage):
     resumed.on_train_begin(*stage)
     assert resumed.train_seconds == 100.0
     assert resumed.state()["attributes"] == {"train_seconds": 100.0}
+
+
+def test_a_mean_of_nothing_is_not_for_tensorboard(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [caplog.handler])
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
+    board = TensorBoard({}, SimpleNamespace(latest=None))
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    state = TrainerState(global_step=1, max_steps=100)
+    board.on_train_begin(args, state, None)
+    board.on_log(args, state, None, logs={"reward": 1.0, "rewards/bonus/mean": None})
+    board.on_train_end(args, state, None)
+    assert caplog.messages == []
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.value for event in events.Scalars("train/reward")] == [1.0]
 
 
 def test_tensorboard_gets_scalars_the_recipe_and_samples(tmp_path, monkeypatch):

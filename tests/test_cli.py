@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mini_r1.cli import main
+from mini_r1 import InputError, RunFailed
+from mini_r1.cli import exit_code, main
 from mini_r1.countdown.expression import is_solution
 
 ORIGINAL = Path(__file__).parents[1] / "recipes" / "grpo-qwen-2.5-3b-deepseek-r1-countdown.yaml"
@@ -39,6 +40,24 @@ def test_every_command_has_help(command, capsys):
         main([*command.split(), "--help"])
     assert end.value.code == 0
     assert "usage: mini-r1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "code", "told"),
+    [
+        (InputError, "0", 2, "error: no\n"),
+        (InputError, "1", 2, ""),  # the first process of the launch has met it, too
+        (RunFailed, "0", 1, "error: no\n"),
+        (RunFailed, "1", 1, "error: no\n"),  # none of the others may have
+    ],
+)
+def test_what_ends_a_command_is_told_once(monkeypatch, capsys, error, rank, code, told):
+    def command():
+        raise error("no")
+
+    monkeypatch.setenv("RANK", rank)
+    assert exit_code(command) == code
+    assert capsys.readouterr().err == told
 
 
 def test_solve(capsys):

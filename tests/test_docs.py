@@ -117,9 +117,8 @@ def test_the_architecture_names_every_module_and_no_other():
 
 
 @of_documents
-def test_commands_can_be_given(document, tmp_path, monkeypatch):
-    write_code_blocks(document, tmp_path)
-    monkeypatch.chdir(tmp_path)
+def test_commands_can_be_given(document, own_folder):
+    write_code_blocks(document, own_folder)
     variables = {}
     for command in (part for line in command_lines(document) for part in line.split(" && ")):
         if assigned := re.fullmatch(r"(\w)=(\S+)", command):

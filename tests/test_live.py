@@ -57,6 +57,8 @@ def terminal(monkeypatch):
 
 def test_figures_are_the_newest_that_were_logged():
     assert figures([{**LOGS, "reward": 9.0}, {"loss": 0.1}, LOGS, {"loss": 0.1}]) == FIGURES
+    # A reward that applied to nothing has no mean.
+    assert figures([LOGS, {**LOGS, "reward": None}]) == FIGURES
     # Without the equation reward there is no success.
     assert figures([{"reward": 0.5}]) == ["reward 0.50"]
     assert figures([]) == []

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def test_manifest_names_what_produced_a_run():
     assert manifest["hardware"]["world_size"] == 1
     assert manifest["model"]["sha256"] == weights_hash(model_path("tiny_base"))
     assert manifest["data"] == data
+    assert manifest["folder"] == os.getcwd()
     changed = build_manifest({**recipe, "seed": 2}, model_path("tiny_base"), None, data)
     assert changed["recipe_sha256"] != manifest["recipe_sha256"]
     json.dumps(manifest)

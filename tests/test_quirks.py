@@ -102,6 +102,23 @@ def test_4_bit_layers_still_choose_a_layout_for_evaluation():
     assert layer.support_avx512bf16_for_cpu is False
 
 
+def test_trl_shows_all_of_a_completion_that_nothing_scored_in_every_step(trainer, caplog):
+    log = logging.getLogger(GRPOTrainer.__module__)
+    trainer.reward_funcs = [lambda **columns: [None]]
+    score = partial(trainer._calculate_rewards, [{"prompt": "x"}], ["x"], ["y"], [[1]])
+    before = [*log.filters]
+    for told in (2, 0):
+        caplog.clear()
+        score()
+        score()
+        assert len(caplog.messages) == told
+        assert all(message.count("\n") == 2 for message in caplog.messages)
+        quirks.quiet_unscored_completions()
+    log.warning("anything else")
+    assert caplog.messages == ["anything else"]
+    log.filters[:] = before
+
+
 def test_the_commit_of_a_hub_model_has_no_public_name():
     config = Qwen2Config()
     config._commit_hash = "abc"

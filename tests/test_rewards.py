@@ -1,3 +1,6 @@
+import asyncio
+import pickle
+import re
 import subprocess
 import sys
 import time
@@ -7,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_r1 import InputError
-from mini_r1.rewards import equation_reward, format_reward, get_reward_functions
+from mini_r1.rewards import COLUMNS, equation_reward, format_reward, get_reward_functions
 from tests.countdown.reference import reference_value
 
 # The tutorial's five examples, in our words.
@@ -162,29 +165,292 @@ def test_no_text_takes_longer_than_5_ms(text):
     assert min(seconds() for _ in range(5)) < 0.005
 
 
-def test_registry_and_plug_ins(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text(
-        "def shortness(completions, **columns):\n    return [0.5] * len(completions)\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    functions = get_reward_functions(["format", "my_rewards.shortness"])
-    assert [function.__name__ for function in functions] == ["format_reward", "shortness"]
-    assert functions[1](completions=["a", "b"]) == [0.5, 0.5]
+# ---- Rewards of one's own -------------------------------------------------------------------
+
+
+@pytest.fixture
+def write(own_folder):
+    """Writes a file into the current folder."""
+
+    def write(name, text):
+        file = own_folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    return write
+
+
+CALLABLES = """
+import functools
+
+def length(completions, limit=1, **columns):
+    return [float(len(text) > limit) for text in completions]
+
+async def slow(completions, **columns):
+    return length(completions)
+
+def limited(function):
+    def inner(**columns):
+        return function(limit=1, **columns)
+    return functools.wraps(function)(inner)
+
+@limited
+def wrapped(completions, limit, **columns):
+    return length(completions, limit)
+
+class Longer:
+    def __init__(self, limit=1):
+        self.limit = limit
+    def __call__(self, completions, **columns):
+        return length(completions, self.limit)
+    def method(self, completions, **columns):
+        return length(completions, self.limit)
+    @classmethod
+    def of_class(cls, completions, **columns):
+        return length(completions)
+
+class Slower(Longer):
+    async def __call__(self, completions, **columns):
+        return length(completions, self.limit)
+
+partial = functools.partial(length, limit=1)
+twice = functools.partial(partial, limit=1)
+slow_partial = functools.partial(slow)
+longer, slower = Longer(), Slower()
+slower_partial = functools.partial(slower)
+unnamed = lambda completions, **columns: length(completions)
+"""
+
+
+CALLED = ["length", "slow", "partial", "twice", "slow_partial", "longer", "longer.method"]
+CALLED += ["Longer.of_class", "slower", "slower_partial", "unnamed", "wrapped"]
+
+
+@pytest.mark.parametrize("attribute", CALLED)
+@pytest.mark.parametrize("path", ["my_task.{}", "my_task:{}", "my_task.py:{}", "./my_task.py:{}"])
+def test_whatever_can_be_called_is_a_reward(write, path, attribute):
+    write("my_task.py", CALLABLES)
+    (reward,) = get_reward_functions([path.format(attribute)])
+    assert reward.name == attribute.rpartition(".")[2]
+    assert reward.path == path.format(attribute)
+    assert reward.is_async is attribute.startswith("slow")
+    returned = reward.function(**dict.fromkeys(COLUMNS) | {"completions": ["a", "bb"]})
+    assert (asyncio.run(returned) if reward.is_async else returned) == [0.0, 1.0]
+
+
+def test_a_file_anywhere_is_found(write, tmp_path, monkeypatch):
+    write("a folder/my-task.py", "import beside\ndef bonus(completions, **columns): return [1]\n")
+    write("a folder/beside.py", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = [
+        "a folder/my-task.py:bonus",
+        "~/a folder/my-task.py",
+        f"{tmp_path}/a folder/my-task.py",
+    ]
+    functions = [get_reward_functions([path])[0].function for path in paths]
+    assert functions[0] is functions[1] is functions[2]
+    assert pickle.loads(pickle.dumps(functions[0])) is functions[0]
+    assert functions[0].__module__ in sys.modules
+
+
+def test_of_a_package_the_module_or_what_it_exports(write):
+    write("mine/__init__.py", "from mine.bonus import bonus\n")
+    write("mine/bonus.py", "def bonus(completions, **columns): return [1]\ndef other(**c): ...\n")
+    (exported,) = get_reward_functions(["mine.bonus"])
+    assert exported.function(completions=["a"]) == [1]
+    assert exported.function is sys.modules["mine.bonus"].bonus
+
+
+BONUS = "def bonus(completions, **columns): return [1.0] * len(completions)\n"
+
+
+NAMED_ALIKE = """
+def decorated():
+    def inner(completions, **columns): ...
+    return inner
+
+first, second = decorated(), decorated()
+
+def equation_reward(completions, **columns): ...
+"""
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("paths", "names"),
     [
-        ("fromat", "did you mean 'format'"),
-        ("zzz", "choose from format, equation"),
-        ("no_such_module.reward", "cannot import"),
-        ("mini_r1.rewards.no_such", "has no 'no_such'"),
-        ("mini_r1.rewards.REWARDS", "not callable"),
+        (["my_task.bonus", "other.bonus"], ["my_task.bonus", "other.bonus"]),
+        (["my_task.bonus", "a/my_task.py"], ["HERE.my_task.bonus", "a.my_task.bonus"]),
+        (["a.my_task.bonus", "b.my_task.bonus"], ["a.my_task.bonus", "b.my_task.bonus"]),
+        (["my_task.bonus", "alike.first", "format"], ["bonus", "inner", "format_reward"]),
+        (["alike.first", "alike.second"], ["alike.first", "alike.second"]),
+        # Metrics and samples must not take another for ours.
+        (["alike.equation_reward", "format"], ["alike.equation_reward", "format_reward"]),
+        (["alike.equation_reward", "equation"], ["alike.equation_reward", "equation_reward"]),
     ],
 )
-def test_unknown_rewards_are_explained(name, message):
-    with pytest.raises(InputError, match=message):
-        get_reward_functions([name])
+def test_equal_names_are_told_apart_by_path(write, tmp_path, paths, names):
+    for name in ("my_task", "other", "a/my_task", "b/my_task"):
+        write(f"{name}.py", BONUS)
+    write("alike.py", NAMED_ALIKE)
+    found = [reward.name for reward in get_reward_functions(paths)]
+    assert found == [name.replace("HERE", tmp_path.name) for name in names]
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ["my_task.bonus", "my_task.bonus"],
+        ["my_task.bonus", "./my_task.py:bonus"],
+        ["my_task.alias", "my_task.bonus"],
+        ["format", "mini_r1.rewards.format_reward"],
+    ],
+)
+def test_the_same_reward_twice_is_refused(write, paths):
+    write("my_task.py", f"{BONUS}alias = bonus\n")
+    with pytest.raises(InputError, match="are the same reward") as caught:
+        get_reward_functions(paths)
+    assert caught.value.key == "reward_funcs"
+
+
+# What is wrong, what my_task.py holds, the path, and what the message says.
+MISTAKES = {
+    "misspelt": ("", "fromat", "did you mean 'format'"),
+    "no such name": ("", "zzz", "choose from format, equation"),
+    "no such module": ("", "no_such_module.reward", "no 'no_such_module' is installed, or in /"),
+    "nothing of that name": (
+        BONUS,
+        "my_task.bonsu",
+        "my_task.py has no 'bonsu'; did you mean 'b",
+    ),
+    "nothing alike": (BONUS, "my_task.py:zzz", "my_task.py has no 'zzz'; it has bonus"),
+    "nothing in an object": (BONUS, "my_task.bonus.x", "my_task.py has no 'x'; it has bonus"),
+    "no function at all": (
+        "x = 1\n",
+        "my_task.py",
+        "'my_task.py' has no function; write",
+    ),
+    "several": (BONUS + "def b(): ...\n", "my_task.py", "has bonus, b; write my_task.py:NAME"),
+    "a module only": (BONUS, "my_task", "no reward 'my_task'; write my_task.py:NAME"),
+    "a module of a folder": (BONUS, "mine.module", "has no 'module'; write mine/module.py:NAME"),
+    "no such file": ("", "./no_task.py:bonus", "no file /"),
+    "a hub id": ("", "owner/reward-model", "no reward 'owner/reward-model'; choose from format"),
+    "dots": ("", "..my_task.bonus", "no reward '..my_task.bonus'"),
+    "nobody's home": ("", "~nobody-at-all/x.py", "home"),
+    "missing dependency": (
+        "import os\nimport no_such_dependency\n",
+        "my_task.bonus",
+        "my_task.py line 2: ModuleNotFoundError: No module named 'no_such_dependency'",
+    ),
+    "missing name of a dependency": (
+        "from json import lods\n",
+        "my_task.py:bonus",
+        "my_task.py line 1: ImportError: cannot import name 'lods' from 'json'",
+    ),
+    "raises": (
+        "import json\njson.loads('')\n",
+        "my_task.bonus",
+        "my_task.py line 2: JSONDecode",
+    ),
+    "raises in a file": ("\n1 / 0\n", "my_task.py:bonus", "my_task.py line 2: ZeroDivisionError: "),
+    "raises beside": ("import beside\n", "my_task.bonus", "beside.py line 1: KeyError: 'x'"),
+    "many lines": (
+        "raise ValueError('a\\nb' * 300)\n",
+        "my_task.bonus",
+        "line 1: ValueError: a b",
+    ),
+    "ours to raise": (
+        "from mini_r1 import InputError\nraise InputError('no', key='seed')\n",
+        "my_task.bonus",
+        "cannot import 'my_task.bonus': my_task.py line 2: InputError: seed: no",
+    ),
+    "ends the program": (
+        "import sys\nsys.exit()\n",
+        "my_task.bonus",
+        "my_task.py line 2: System",
+    ),
+    "syntax error": (
+        "x = 1\nx = = 2\n",
+        "my_task.bonus",
+        "my_task.py line 2: SyntaxError: inval",
+    ),
+    "not Python": ("\0", "my_task.py:bonus", "null bytes"),
+    "relative import": ("from . import x\n", "./my_task.py", "my_task.py line 1: ImportError: att"),
+    "a constant": ("bonus = 0.5\n", "my_task.bonus", "'my_task.bonus' is not callable: 0.5"),
+    "ours, a constant": ("", "mini_r1.rewards.REWARDS", "is not callable"),
+    "a class": (
+        "class Bonus:\n    pass\n",
+        "my_task.Bonus",
+        "write my_reward = Bonus()",
+    ),
+    "no columns": (
+        "def bonus(completions): return [1.0]\n",
+        "my_task.bonus",
+        "cannot be called: got an unexpected keyword argument 'prompts'; it gets prompts, compl",
+    ),
+    "a missing column": (
+        "def bonus(completions, answer, **columns): return [1.0]\n",
+        "my_task.bonus",
+        "cannot be called: missing a required argument: 'answer'; it gets prompts, completions",
+    ),
+    "a method of nothing": (
+        "class Bonus:\n    def score(self, completions, **columns): return [1.0]\n",
+        "my_task.Bonus.score",
+        "missing a required argument: 'self'",
+    ),
+    "name of a library": (BONUS, "colorsys.bonus", "rename it, or write colorsys.py:bonus"),
+    "name of a built-in": (BONUS, "time.bonus", "installed module (built-in), which comes first"),
+    "name of an imported one": (
+        BONUS,
+        "random.bonus",
+        "random.py has the name of an installed",
+    ),
+    "package of that name": (
+        BONUS,
+        "datasets.bonus",
+        "__init__.py has the name of an installed",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_cannot_be_had_is_explained_in_one_line(write, mistake):
+    text, path, message = MISTAKES[mistake]
+    for name in ("my_task.py", "colorsys.py", "time.py", "random.py", "datasets/__init__.py"):
+        write(name, text)
+    write("beside.py", "{}['x']\n")
+    write("mine/module.py", BONUS)
+    with pytest.raises(InputError) as caught:
+        get_reward_functions([path])
+    assert message in caught.value.problem
+    assert caught.value.key == "reward_funcs"
+    assert "\n" not in caught.value.problem
+    assert len(caught.value.problem) < 400
+    with pytest.raises(InputError, match=re.escape(message)):  # a second look finds the same
+        get_reward_functions([path])
+
+
+def test_a_file_with_the_name_of_a_library_is_no_library(write):
+    for name in ("colorsys", "datasets", "random"):
+        write(f"{name}.py", BONUS)
+        (reward,) = get_reward_functions([f"{name}.py:bonus"])
+        assert reward.function(completions=["a"]) == [1.0]
+    import colorsys
+
+    assert not hasattr(colorsys, "bonus")
+
+
+def test_modules_beside_a_reward_do_not_stand_in_for_libraries(write, tmp_path):
+    """Neither in our commands nor in what they start."""
+    for name in ("datasets", "random", "torch", "yaml"):
+        write(f"{name}.py", "raise SystemExit('taken for the library')\n")
+    write("my_task.py", f"import random, yaml\nassert random.random() < 1\n{BONUS}")
+    write("recipe.yaml", "model_name_or_path: tiny_base\nreward_funcs: my_task.bonus\n")
+    command = [sys.executable, "-m", "mini_r1", "train", "recipe.yaml", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert sys.path.count(str(tmp_path)) == 0
+    get_reward_functions(["my_task.bonus"])
+    assert sys.path[-1] == str(tmp_path)
 
 
 def test_imports_in_milliseconds_without_torch():

@@ -1,10 +1,18 @@
 import asyncio
 import inspect
+import json
+import traceback
+from decimal import Decimal
+from fractions import Fraction
 from types import SimpleNamespace
 
+import numpy
+import pandas
 import pytest
+import torch
 
-from mini_r1.rewards import equation_reward, format_reward
+from mini_r1 import InputError, RunFailed
+from mini_r1.rewards import RewardFunction, get_reward_functions
 from mini_r1.rollouts import (
     ALL_FILE,
     SHARE,
@@ -24,7 +32,7 @@ COMPLETIONS = ["</think>\n<answer>1+2</answer>", "</think>\n<answer>2-1</answer>
 def feed(recorder, step, main=True, log_metric=lambda name, value: None):
     """What TRL hands to the reward functions in one step."""
     state = SimpleNamespace(global_step=step - 1, is_world_process_zero=main)
-    for function in recorder.watch((format_reward, equation_reward)):
+    for function in recorder.watch(get_reward_functions(["format", "equation"])):
         scores = function(
             completions=COMPLETIONS,
             target=[3] * 200,
@@ -68,18 +76,173 @@ def test_a_resumed_run_ends_with_the_same_files(tmp_path):
         assert (straight.folder / name).read_bytes() == (resumed.folder / name).read_bytes()
 
 
-def test_watched_rewards_keep_name_kind_and_result(tmp_path):
-    async def slow_reward(completions, **columns):
-        return [0.25] * len(completions)
+# ---- What rewards return --------------------------------------------------------------------
 
-    watched_format, watched_slow = RolloutRecorder(tmp_path).watch([format_reward, slow_reward])
-    assert (watched_format.__name__, watched_slow.__name__) == ("format_reward", "slow_reward")
-    assert inspect.iscoroutinefunction(watched_slow)
-    state = SimpleNamespace(global_step=0, is_world_process_zero=True)
-    columns = {"completions": ["a"], "nums": [[1, 2]], "target": [3], "trainer_state": state}
-    columns["log_metric"] = lambda name, value: None
-    assert asyncio.run(watched_slow(**columns)) == [0.25]
-    assert watched_format(**columns) == [0.0]
+TWO = ["</think>\n<answer>1+2</answer>", "hm\n\x1b[31m" + "so " * 1000]
+
+
+def observed(folder, *functions, completions=TWO, main=True):
+    """What TRL gets from reward functions in step 5, and the recorder."""
+    rewards = [
+        RewardFunction(f"reward_{index}", f"my_task.reward_{index}", (), function)
+        for index, function in enumerate(functions)
+    ]
+    recorder = RolloutRecorder(folder)
+    watched = recorder.watch(rewards)
+    assert [each.__name__ for each in watched] == [reward.name for reward in rewards]
+    many = len(completions)
+    columns = {
+        "completions": completions,
+        "nums": [[1, 2]] * many,
+        "target": [3] * many,
+        "trainer_state": SimpleNamespace(global_step=4, is_world_process_zero=main),
+        "log_metric": lambda name, value: None,
+    }
+    scores = []
+    for function in watched:
+        returned = function(**columns)
+        is_coroutine = inspect.iscoroutinefunction(function)  # as TRL asks
+        scores.append(asyncio.run(returned) if is_coroutine else returned)
+    return scores, recorder
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [1, 0.5],
+        (True, Fraction(1, 2)),
+        iter([1.0, Decimal("0.5")]),
+        numpy.array([1.0, 0.5], dtype=numpy.float32),
+        [numpy.float64(1), numpy.array(0.5)],
+        [numpy.bool_(True), torch.tensor(0.5)],
+        torch.tensor([1.0, 0.5], requires_grad=True),
+        pandas.Series([1, 0.5], index=[7, 8]),
+    ],
+)
+def test_numbers_of_all_kinds_become_plain_ones(tmp_path, returned):
+    ((scores,), recorder) = observed(tmp_path, lambda **columns: returned)
+    assert scores == [1.0, 0.5]
+    assert {type(score) for score in scores} == {float}
+    assert recorder.latest.rewards == {"reward_0": 1.0}
+    json.dumps(recorder.latest.rewards)
+
+
+def test_a_coroutine_is_observed_as_one(tmp_path):
+    async def slow(completions, **columns):
+        return [numpy.float32(0.25)] * len(completions)
+
+    class Slow:
+        __call__ = staticmethod(slow)
+
+    scores, recorder = observed(tmp_path, slow, Slow(), lambda **columns: [0, None])
+    assert scores == [[0.25, 0.25], [0.25, 0.25], [0.0, None]]
+    assert recorder.latest.rewards == {"reward_0": 0.25, "reward_1": 0.25, "reward_2": 0.0}
+
+
+# What must not be returned, and what is said.
+BAD = {
+    "too few": ([1.0], "1 rewards for 2 completions; want one each"),
+    "too many": ([1.0] * 3, "3 rewards for 2 completions; want one each"),
+    "none at all": ([], "0 rewards for 2 completions; want one each"),
+    "nothing": (None, "None; want a list of numbers"),
+    "one number": (0.5, "0.5; want a list of numbers"),
+    "one number of numpy": (numpy.float32(0.5), "np.float32(0.5); want a list of numbers"),
+    "one number of torch": (torch.tensor(0.5), "tensor(0.5000); want a list of numbers"),
+    "text": ("10", "'10'; want a list of numbers"),
+    "bytes": (b"10", "b'10'; want a list of numbers"),
+    "a mapping": ({0: 1.0, 1: 0.0}, "{0: 1.0, 1: 0.0}; want a list of numbers"),
+    "a set": ({1.0, 0.0}, "{0.0, 1.0}; want a list of numbers"),
+    "texts": ([1.0, "1.0"], "'1.0' for completion 2 of 2"),
+    "texts of numpy": (numpy.array(["1.0", "0.0"]), "np.str_('1.0') for completion 1 of 2"),
+    "lists": ([1.0, [0.0]], "[0.0] for completion 2 of 2"),
+    "a column": (torch.zeros(2, 1), "tensor([0.]) for completion 1 of 2"),
+    "NaN": ([1.0, float("nan")], "nan for completion 2 of 2, 'hm\\n\\x1b[31mso so"),
+    "NaN of numpy": (numpy.array([1.0, numpy.nan]), "np.float64(nan) for completion 2 of 2"),
+    "NaN of torch": (torch.tensor([torch.nan, 1]), "tensor(nan) for completion 1 of 2, '</think>"),
+    "infinite": ([-float("inf"), 1.0], "-inf for completion 1 of 2"),
+    "infinite in 32 bits": ([1e39, 1.0], "1e+39 for completion 1 of 2"),
+    "infinite when squared": ([1.0, -1e20], "-1e+20 for completion 2 of 2"),
+    "an integer too large": ([10**400, 1], "1000000"),
+    "complex": ([1.0, 1j], "1j for completion 2 of 2"),
+    "complex of numpy": ([numpy.complex64(1), 1.0], "np.complex64(1+0j) for completion 1 of 2"),
+    "missing": ([1.0, pandas.NA], "<NA> for completion 2 of 2"),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD)
+@pytest.mark.parametrize("main", [True, False])
+def test_anything_else_ends_the_run_with_one_line(tmp_path, mistake, main):
+    returned, said = BAD[mistake]
+    with pytest.raises(RunFailed) as caught:
+        observed(tmp_path, lambda **columns: [0.0, 0.0], lambda **columns: returned, main=main)
+    text = str(caught.value)
+    assert f"the reward my_task.reward_1 returned, in step 5, {said}" in text
+    assert text.isprintable()
+    assert len(text) < 400
+    assert not list(tmp_path.iterdir())
+
+
+class Interrupted(Exception):
+    pass
+
+
+def raising(error):
+    def reward(**columns):
+        raise error
+
+    return reward
+
+
+def yielding(error):
+    def reward(**columns):
+        yield 1.0
+        raise error
+
+    return reward
+
+
+def awaited(error):
+    async def reward(**columns):
+        raise error
+
+    return reward
+
+
+@pytest.mark.parametrize("reward", [raising, yielding, awaited])
+def test_a_defect_of_a_reward_keeps_its_traceback_and_names_it(tmp_path, reward):
+    with pytest.raises(Interrupted) as caught:
+        observed(tmp_path, reward(Interrupted("at work")))
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "raise error" in shown
+    assert "in the reward my_task.reward_0, step 5" in shown
+
+
+@pytest.mark.parametrize("error", [SystemExit(), InputError("no"), RunFailed("no")], ids=repr)
+@pytest.mark.parametrize("reward", [raising, yielding, awaited])
+def test_no_defect_of_a_reward_passes_for_an_end_or_bad_input(tmp_path, reward, error):
+    with pytest.raises(RuntimeError, match=r"in the reward my_task\.reward_0, step 5") as caught:
+        observed(tmp_path, reward(error))
+    assert type(caught.value) is RuntimeError
+    assert caught.value.__cause__ is error
+
+
+def test_completions_that_nothing_scores_are_told_of_once(tmp_path, capsys):
+    def for_the_first(completions, **columns):
+        return [1.0, *[None] * (len(completions) - 1)]
+
+    many = [TWO[0]] * 300
+    scores, recorder = observed(tmp_path, for_the_first, for_the_first, completions=many)
+    assert scores == [[1.0, *[None] * 299]] * 2
+    said = capsys.readouterr().out
+    assert said.startswith("step 5: every reward was None for 299 of 300 completions; ")
+    assert said.count("\n") == 1
+    rewards = [sample.rewards for sample in read_samples(tmp_path / ALL_FILE)]
+    assert {"reward_0": None, "reward_1": None} in rewards
+    assert "NaN" not in (tmp_path / ALL_FILE).read_text()
+    recorder._tell_unscored(6)
+    observed(tmp_path, for_the_first, lambda **columns: [0.0, 0.0])
+    observed(tmp_path, for_the_first, main=False)
+    assert capsys.readouterr().out == ""
 
 
 # ---- The files ------------------------------------------------------------------------------

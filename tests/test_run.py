@@ -1,16 +1,21 @@
 import json
 import os
+from pathlib import Path
 
 import pytest
+import yaml
 
 from mini_r1 import InputError
+from mini_r1.recipe import load_recipe
 from mini_r1.run import (
     COMPLETE_MARKER,
     MANIFEST_FILE,
+    RECIPE_FILE,
     check_same_start,
     checkpoint_to_resume,
     last_complete_checkpoint,
     run_weights,
+    weights_and_task,
     weights_of,
     write_json,
     write_recipe,
@@ -75,3 +80,63 @@ def test_torn_checkpoints_are_removed_and_the_last_complete_one_is_resumed(tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-5"]
     assert "checkpoint-15: it was not written to its end" in capsys.readouterr().out
     assert checkpoint_to_resume(tmp_path / "new", is_main=True) is None
+
+
+# ---- A run from another folder --------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A folder, the current one, that is not the one in which the run was started."""
+    start, here = tmp_path / "start", tmp_path / "here"
+    here.mkdir()
+    (start / "data").mkdir(parents=True)
+    (start / "24.jsonl").touch()
+    monkeypatch.chdir(here)
+    return start, here
+
+
+def a_run(start, **keys):
+    run_dir = start / "runs" / "24"
+    write_recipe(run_dir, {"model_name_or_path": "tiny_base", **keys})
+    write_json(run_dir / MANIFEST_FILE, {"folder": str(start)})
+    (run_dir / "config.json").touch()
+    return run_dir
+
+
+def test_a_run_is_evaluated_without_its_rewards(elsewhere):
+    rewards = ["format", "my_task.multiplies", "./my_task.py:bonus"]
+    run_dir = a_run(elsewhere[0], reward_funcs=rewards, max_completion_length=7)
+    weights, task, length = weights_and_task(str(run_dir))
+    assert (weights, list(task.reward_funcs), length) == (str(run_dir), rewards, 7)
+    with pytest.raises(InputError, match=r"recipe\.yaml line 2: reward_funcs: cannot import 'my_t"):
+        load_recipe(run_dir / RECIPE_FILE)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("24.jsonl", "{start}/24.jsonl"),
+        ("./24.jsonl", "{start}/24.jsonl"),
+        ("data", "{start}/data"),
+        ("moved.jsonl", "moved.jsonl"),  # which is here, but not there
+        ("lost.jsonl", "{start}/lost.jsonl"),  # where it should be
+        ("/anywhere/24.jsonl", "/anywhere/24.jsonl"),
+        ("generated", "generated"),
+        ("owner/puzzles", "owner/puzzles"),
+    ],
+)
+def test_its_data_are_those_of_its_start(elsewhere, source, found):
+    start, here = elsewhere
+    for name in ("24.jsonl", "moved.jsonl"):
+        (here / name).touch()
+    run_dir = a_run(start, dataset_id_or_path=source)
+    _, task, _ = weights_and_task(str(run_dir))
+    assert Path(task.dataset_id_or_path) == Path(found.format(start=start))
+    assert yaml.safe_load((run_dir / RECIPE_FILE).read_text())["dataset_id_or_path"] == source
+    # Another recipe's paths count from here, and so do those of a run that does not say.
+    _, task, _ = weights_and_task(str(run_dir), str(run_dir / RECIPE_FILE))
+    assert task.dataset_id_or_path == source
+    write_json(run_dir / MANIFEST_FILE, {})
+    _, task, _ = weights_and_task(str(run_dir))
+    assert task.dataset_id_or_path == source

@@ -53,6 +53,35 @@ def test_rewards_and_their_weights_reach_the_trainer(tmp_path):
     assert trainer.reward_weights.tolist() == pytest.approx([1.0, 0.1])
 
 
+OWN_REWARDS = """
+import functools
+import numpy
+import torch
+from mini_r1.rewards import COLUMNS
+
+class Bonus:
+    async def __call__(self, completions, **columns):
+        return torch.full((len(completions),), 0.5)
+
+def noted(first, **columns):
+    assert set(columns) == set(COLUMNS)  # what its signature is checked against
+    return numpy.array([first, 0.0, 0.0])
+
+bonus, partial = Bonus(), functools.partial(noted, 1.0)
+some = lambda completions, **columns: [None, 0.25, None]
+"""
+
+
+def test_rewards_of_all_kinds_reach_trl_under_their_names(own_folder):
+    (own_folder / "my_task.py").write_text(OWN_REWARDS)
+    names = ["bonus", "partial", "some"]
+    trainer = build(own_folder, "--reward_funcs", *(f"my_task.{name}" for name in names))
+    assert trainer.reward_func_names == names
+    rows = [{"prompt": "x", "nums": [1, 2, 3], "target": 6}] * 3
+    scores = trainer._calculate_rewards(rows, ["x"] * 3, ["y"] * 3, [[1]] * 3)  # [3, 3]
+    assert scores.nan_to_num(9).tolist() == [[0.5, 1.0, 9.0], [0.5, 0.0, 0.25], [0.5, 0.0, 9.0]]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -35,7 +35,9 @@ class TensorBoard(TensorBoardCallback):
         self._shown: Rollout | None = None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        super().on_log(args, state, control, logs=logs, **kwargs)
+        # A reward that applied to nothing in this step has no mean: TRL logs None.
+        known = {key: value for key, value in (logs or {}).items() if value is not None}
+        super().on_log(args, state, control, logs=known, **kwargs)
         if not state.is_world_process_zero or not logs or self.tb_writer is None:
             return
         if state.global_step == 0 and EVAL_SUCCESS in logs:

@@ -40,12 +40,13 @@ def entry_point() -> None:
 def exit_code(command: Callable[[], None]) -> int:
     """Run a command and return its exit code.
 
-    An InputError becomes one line on stderr and 2, a RunFailed its own words and 1.
+    An InputError becomes one line on stderr and 2, a RunFailed its own words and 1. Bad input is
+    met by all processes of a launch and told by the first; what fails may fail in any.
     """
     try:
         command()
     except (InputError, RunFailed) as error:
-        if os.environ.get("RANK", "0") == "0":  # the other processes of a launch have met the same
+        if isinstance(error, RunFailed) or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     return 0

@@ -127,7 +127,7 @@ def figures(history: Sequence[Mapping[str, Any]]) -> list[str]:
     shown = []
     for name in PANEL:
         metric = METRICS[name]
-        logged = [entry[metric.key] for entry in history if metric.key in entry]
+        logged = [entry[metric.key] for entry in history if entry.get(metric.key) is not None]
         if logged:
             shown.append(f"{name.replace('_', ' ')} {metric.shown.format(logged[-1])}")
     return shown

@@ -68,9 +68,14 @@ class DataRecord(TypedDict):
 
 
 class RunManifest(TypedDict):
-    """What `manifest.json` of a run holds; `started` is UTC."""
+    """What `manifest.json` of a run holds.
+
+    `folder` is where the command was given: relative paths of the recipe count from there.
+    `started` is UTC.
+    """
 
     command: list[str]
+    folder: str
     started: str
     versions: dict[str, str]
     hardware: Hardware
@@ -100,6 +105,7 @@ def build_manifest(
         model["base"] = base
     return {
         "command": sys.argv,
+        "folder": os.getcwd(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "hardware": hardware(),

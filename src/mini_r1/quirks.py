@@ -71,6 +71,17 @@ def end_colocated_vllm(trainer: "GRPOTrainer") -> None:
         generation.llm.llm_engine.engine_core.shutdown()
 
 
+def quiet_unscored_completions() -> None:
+    """Drop the warning of a completion for which every reward is None; the recorder tells of it.
+
+    TRL 1.16 repeats it in every step, with all columns of the completion.
+    """
+    warning = "All reward functions returned None"
+    logging.getLogger("trl.trainer.grpo_trainer").addFilter(
+        lambda record: warning not in record.getMessage()
+    )
+
+
 def hub_commit(model: "nn.Module | None") -> str | None:
     """The commit of the hub that a model was loaded from; transformers 5.17 keeps it privately."""
     return getattr(getattr(model, "config", None), "_commit_hash", None)

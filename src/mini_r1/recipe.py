@@ -163,7 +163,10 @@ class TaskConfig:
     )
     reward_funcs: tuple[str, ...] = field(
         default=("format", "equation"),
-        metadata={"help": "registered rewards or dotted paths; see reward_weights"},
+        metadata={
+            "help": "registered rewards, dotted paths or files (my_task.py:my_reward); see "
+            "reward_weights"
+        },
     )
     num_eval_puzzles: int = field(
         default=500, metadata={"help": "held-out puzzles to evaluate before and after training"}
@@ -296,11 +299,14 @@ def all_keys() -> dict[str, dict[str, Key]]:
     return {"task": task, "model": keys_of(MODEL_CLASSES), "training": keys_of(TRAINING_CLASSES)}
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, to_train: bool = True
+) -> Recipe:
     """Read a recipe, apply overrides (`--key value ...`), check everything that needs no machine.
 
     Args:
         path: or the name of a recipe, as `find_recipe` takes it.
+        to_train: else its rewards are not looked for: a run can be evaluated without them.
 
     Raises:
         InputError: in one line, what is wrong, in which line of the file, and what to write.
@@ -316,7 +322,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         parts["training"]["output_dir"] = f"runs/{path.stem}"
     try:
         task = TaskConfig(**parts["task"])
-        get_reward_functions(task.reward_funcs)
     except InputError as error:
         place = where.get(error.key or "", path)
         raise InputError(error.problem, key=error.key, where=place) from None
@@ -324,6 +329,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for wrong, key, problem in conflicts(recipe.get):
         if wrong:
             raise recipe.error(problem, key)
+    if to_train:
+        try:
+            get_reward_functions(task.reward_funcs)
+        except InputError as error:
+            raise recipe.place(error) from None
     return recipe
 
 

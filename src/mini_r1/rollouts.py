@@ -3,11 +3,9 @@
 The files have the same names and lots as the original's. Imports no ML library.
 """
 
-import functools
-import inspect
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +28,14 @@ class Rollout:
     Attributes:
         step: the optimizer step that learns from it first.
         nums, target: its puzzle.
-        rewards: by the name of the reward function.
+        rewards: by the name of the reward function; None where it does not apply.
         text: what follows the prompt's `<think>`.
     """
 
     step: int
     nums: tuple[int, ...]
     target: int
-    rewards: Mapping[str, float]
+    rewards: Mapping[str, float | None]
     text: str
 
     @property
@@ -68,35 +66,57 @@ class RolloutRecorder:
         self.folder = folder
         self.latest: Rollout | None = None
         self._names: list[str] = []
-        self._scores: dict[str, list[float]] = {}
+        self._scores: dict[str, list[float | None]] = {}
+        self._told_unscored = False
 
-    def watch(self, functions: Sequence[RewardFunction]) -> list[RewardFunction]:
-        """The same reward functions under the same names, observed."""
-        self._names = [function.__name__ for function in functions]
-        return [self._watched(function) for function in functions]
+    def watch(self, rewards: Sequence[RewardFunction]) -> list[Callable[..., Any]]:
+        """The same rewards as functions of those names, observed.
 
-    def _watched(self, function: RewardFunction) -> RewardFunction:
-        name = function.__name__
+        They return plain numbers; what a reward must not return ends the run: `RunFailed`.
+        """
+        self._names = [reward.name for reward in rewards]
+        return [self._watched(reward) for reward in rewards]
 
-        async def watched_coroutine(**columns: Any) -> list[float]:
-            return self._note(name, await function(**columns), columns)
+    def _watched(self, reward: RewardFunction) -> Callable[..., Any]:
+        async def watched_coroutine(**columns: Any) -> list[float | None]:
+            with reward.blamed(_step(columns)):
+                returned = await reward.function(**columns)
+            return self._note(reward, returned, columns)
 
-        def watched(**columns: Any) -> list[float]:
-            return self._note(name, function(**columns), columns)
+        def watched(**columns: Any) -> list[float | None]:
+            with reward.blamed(_step(columns)):
+                returned = reward.function(**columns)
+            return self._note(reward, returned, columns)
 
-        is_coroutine = inspect.iscoroutinefunction(function)
-        return functools.wraps(function)(watched_coroutine if is_coroutine else watched)
+        function = watched_coroutine if reward.is_async else watched
+        function.__name__ = reward.name  # which TRL calls its metrics by
+        return function
 
-    def _note(self, name: str, scores: list[float], columns: dict[str, Any]) -> list[float]:
-        self._scores[name] = scores
+    def _note(
+        self, reward: RewardFunction, returned: Any, columns: dict[str, Any]
+    ) -> list[float | None]:
+        scores = reward.scores(returned, columns["completions"], _step(columns))
+        self._scores[reward.name] = scores
         if len(self._scores) == len(self._names):
             self._log_behaviors(columns)
             if columns["trainer_state"].is_world_process_zero:
+                self._tell_unscored(_step(columns))
                 rollouts = self._rollouts(columns)
                 self.latest = rollouts[0]
                 append_samples(self.folder, rollouts)
             self._scores = {}
         return scores
+
+    def _tell_unscored(self, step: int) -> None:
+        rows = list(zip(*self._scores.values(), strict=True))
+        unscored = sum(set(row) == {None} for row in rows)
+        if unscored and not self._told_unscored:
+            self._told_unscored = True
+            print(
+                f"step {step}: every reward was None for {unscored} of {len(rows)} completions; "
+                "nothing is learned from such ones, and this is not said again",
+                flush=True,
+            )
 
     @staticmethod
     def _log_behaviors(columns: dict[str, Any]) -> None:
@@ -107,14 +127,18 @@ class RolloutRecorder:
                 columns["log_metric"](f"behaviors/{name}", value)
 
     def _rollouts(self, columns: dict[str, Any]) -> list[Rollout]:
-        step = columns["trainer_state"].global_step + 1
         texts = map(completion_text, columns["completions"])
         rollouts = []
         for index, text in enumerate(texts):
             rewards = {name: self._scores[name][index] for name in self._names}
             nums, target = tuple(columns["nums"][index]), columns["target"][index]
-            rollouts.append(Rollout(step, nums, target, rewards, text))
+            rollouts.append(Rollout(_step(columns), nums, target, rewards, text))
         return rollouts
+
+
+def _step(columns: Mapping[str, Any]) -> int:
+    """The optimizer step that learns first from what the columns hold."""
+    return columns["trainer_state"].global_step + 1
 
 
 # ---- The files ------------------------------------------------------------------------------

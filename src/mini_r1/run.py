@@ -22,7 +22,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -30,7 +30,7 @@ import yaml
 
 from mini_r1 import InputError
 from mini_r1.manifest import ModelRecord, RunManifest
-from mini_r1.model import EMBEDDED_BASES, model_path
+from mini_r1.model import EMBEDDED_BASES, is_local, model_path
 from mini_r1.model_files import is_model
 from mini_r1.recipe import Recipe, TaskConfig, default_of, load_recipe
 from mini_r1.rollouts import ALL_FILE, Rollout, read_samples
@@ -431,12 +431,27 @@ def weights_and_task(name: str, recipe_path: str | None = None) -> tuple[str, Ta
         InputError: no such recipe, or a run that has saved nothing yet.
     """
     folder, weights = Path(model_path(name)), weights_of(name)
-    if recipe_path is None and is_run(folder):
-        recipe_path = str(folder / RECIPE_FILE)
-    if recipe_path is None:
+    if recipe_path is None and not is_run(folder):
         return weights, TaskConfig(), default_of("max_completion_length")
-    recipe = load_recipe(recipe_path)
-    return weights, recipe.task, recipe.get("max_completion_length")
+    recipe = load_recipe(recipe_path or folder / RECIPE_FILE, to_train=False)
+    task = recipe.task
+    if recipe_path is None:
+        data = _from_start(folder, task.dataset_id_or_path)
+        task = replace(task, dataset_id_or_path=data)
+    return weights, task, recipe.get("max_completion_length")
+
+
+def _from_start(run_dir: Path, source: str) -> str:
+    """A run's data: a relative path counts from the folder in which the run was started.
+
+    From the current one, where the run does not say, or its data are not there any more.
+    """
+    manifest = run_dir / MANIFEST_FILE
+    start = _json(manifest).get("folder") if manifest.exists() else None
+    if start is None or source == "generated":
+        return source
+    there, here = Path(start, source), Path(source)
+    return str(there) if there.exists() or (is_local(source) and not here.exists()) else source
 
 
 def _of_run(folder: Path, name: str, read: Callable[[Path], Any]) -> Any:

@@ -283,6 +283,7 @@ def _build_trainer(
             "num_puzzles",
         )
     set_seed(args.seed)  # the weights of a fresh LoRA adapter
+    quirks.quiet_unscored_completions()
     name = recipe.model["model_name_or_path"]
     try:
         trainer = GRPOTrainer(

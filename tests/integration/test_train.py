@@ -26,12 +26,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mini_r1.evaluate import evaluate_model
 from mini_r1.model import load_model, load_tokenizer
-from mini_r1.rollouts import ALL_FILE, SOLVED_FILE
+from mini_r1.rollouts import ALL_FILE, SOLVED_FILE, read_samples
 from mini_r1.run import (
     COMPLETE_MARKER,
     MANIFEST_FILE,
     PAUSED_MARKER,
     RECIPE_FILE,
+    STATE_FILE,
     STOP_FILE,
     SUMMARY_FILE,
 )
@@ -226,6 +227,73 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(straight, tmp_path, cha
     assert message in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "fresh").exists()
+
+
+MY_TASK = """
+import functools
+import numpy
+
+class Brackets:
+    def __call__(self, completions, **columns):
+        return numpy.array(["(" in text for text in completions], dtype=numpy.float32)
+
+def shorter_than(limit, completions, **columns):
+    return [numpy.float64(len(text) < limit) for text in completions]
+
+def for_some(completions, **columns):
+    return [None if "1" in text else 0.5 for text in completions]
+
+def broken(completions, trainer_state, **columns):
+    return [float("nan" if trainer_state.global_step else 0)] * len(completions)
+
+brackets, short = Brackets(), functools.partial(shorter_than, 50)
+"""
+
+
+@pytest.fixture
+def own_task(tmp_path):
+    """A folder with rewards, data, and two files that have the names of libraries."""
+    (tmp_path / "my_task.py").write_text(MY_TASK)
+    for name in ("datasets", "random"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('taken for the library')\n")
+    puzzles = (f'{{"nums": [{n}, 2, 3], "target": {n + 5}}}\n' for n in range(4, 204))
+    (tmp_path / "24.jsonl").write_text("".join(puzzles))
+    return tmp_path
+
+
+def train_own(folder, *rewards):
+    changes = {"max_steps": 4, "num_eval_puzzles": 5, "dataset_id_or_path": "24.jsonl"}
+    arguments = [*command("runs/24", **changes), "--reward_funcs", *rewards]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, cwd=folder)
+
+
+def test_own_rewards_and_data_train_and_the_run_is_evaluated_elsewhere(own_task):
+    rewards = ["format", "my_task.brackets", "my_task.py:short", "my_task.for_some"]
+    done = train_own(own_task, *rewards)
+    assert done.returncode == 0, done.stderr
+    run_dir = own_task / "runs" / "24"
+    history = json.loads((run_dir / STATE_FILE).read_text())["log_history"]
+    names = {"format_reward", "brackets", "short", "for_some"}
+    assert {f"rewards/{name}/mean" for name in names} <= history[1].keys()
+    samples = read_samples(run_dir / "samples" / ALL_FILE)
+    assert {frozenset(sample.rewards) for sample in samples} == {frozenset(names)}
+    assert {sample.rewards["for_some"] for sample in samples} == {None, 0.5}
+    elsewhere = own_task / "elsewhere"
+    elsewhere.mkdir()
+    mini_r1 = [sys.executable, "-m", "mini_r1", "eval", str(run_dir)]
+    done = subprocess.run(mini_r1, capture_output=True, text=True, timeout=300, cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    after = json.loads((run_dir / "eval" / "after.json").read_text())
+    assert json.loads(done.stdout)["success"] == after["success"]
+
+
+def test_a_reward_that_is_no_number_ends_the_run_with_one_line(own_task):
+    done = train_own(own_task, "format", "my_task.broken")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "the reward my_task.broken returned, in step 3, nan for completion 1 of 64, '" in line
+    assert not (own_task / "runs" / "24" / SUMMARY_FILE).exists()
 
 
 def test_lora_dtype_and_scheduled_evaluation(tmp_path):

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,16 @@ def test_the_original_run():
     server = "CUDA_VISIBLE_DEVICES=3 python -m vllm.entrypoints.openai.api_server"
     assert f"{server} --model Qwen/Qwen2.5-3B-Instruct" in text
     assert "66% at 5%, 10% at 25%, 1% at 50%" in text
+
+
+def test_a_launch_finds_no_module_of_the_current_folder(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execv", lambda program, arguments: started.append(arguments))
+    monkeypatch.chdir(tmp_path)
+    plan.launch(planned(ORIGINAL, 4))
+    (tmp_path / "random.py").write_text("raise SystemExit('taken for the library')\n")
+    accelerate = [*started[0][: started[0].index("launch")], "--help"]
+    subprocess.run(accelerate, check=True, capture_output=True)
 
 
 def test_the_batch_of_the_published_run_on_eight_gpus():

@@ -80,6 +80,19 @@ def test_a_server_that_does_not_start_is_reported_with_its_log(tmp_path):
         server.start()
 
 
+def test_no_module_of_the_current_folder_stands_in_for_a_library(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("random", "yaml", "torch"):  # beside a reward of the user's
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('taken for the library')\n")
+    arguments = ["--model_name_or_path", "/no/such/model", "--output_dir", str(tmp_path / "run")]
+    server = VLLMServer(load_recipe(TINY, arguments), None)
+    with pytest.raises(ServerDied) as caught:
+        server.start()
+    assert "vllm.log:\n  " in str(caught.value)  # the keeper has come as far as its server
+    assert "taken for" not in str(caught.value)
+    assert server._command[:2] == [sys.executable, "-P"]  # vLLM is not here to be asked
+
+
 def test_the_server_sees_its_gpu_and_nothing_of_the_launcher(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")

@@ -427,5 +427,6 @@ def launch(plan: Plan) -> None:
             "installed with 'make setup'"
         )
     print(shlex.join(plan.command), flush=True)
-    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+    # -P: modules of the current folder must not stand in for libraries.
+    accelerate = [sys.executable, "-P", "-m", "accelerate.commands.accelerate_cli"]
     os.execv(sys.executable, [*accelerate, *plan.command[1:]])

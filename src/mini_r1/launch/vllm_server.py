@@ -74,7 +74,8 @@ class VLLMServer:
         port = _free_port()
         self.url, self.group_port = f"http://{SERVER_HOST}:{port}", _free_port()
         self.log = recipe.run_dir / LOGS_FOLDER / "vllm.log"
-        self._command = [sys.executable, *server_command(recipe, port)]
+        # -P: modules of the current folder must not stand in for libraries.
+        self._command = [sys.executable, "-P", *server_command(recipe, port)]
         self._env = {
             key: value
             for key, value in os.environ.items()
@@ -93,7 +94,8 @@ class VLLMServer:
             ServerDied: it ended, or did not answer within READY_TIMEOUT.
         """
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        keeper = [sys.executable, "-m", "mini_r1.launch.vllm_server", str(self.log), *self._command]
+        keeper = [sys.executable, "-P", "-m", "mini_r1.launch.vllm_server"]
+        keeper += [str(self.log), *self._command]
         self._keeper = subprocess.Popen(
             keeper, stdin=subprocess.PIPE, env=self._env, start_new_session=True
         )

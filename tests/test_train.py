@@ -7,9 +7,11 @@ from peft import PeftModel
 
 from mini_r1 import InputError
 from mini_r1.model import load_tokenizer
+from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import load_recipe
 from mini_r1.rollouts import RolloutRecorder
 from mini_r1.train import _arguments, _build_trainer
+from tests.tiny_models import build as build_model
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny-cpu.yaml"
 
@@ -18,9 +20,8 @@ def build(tmp_path, *overrides):
     recipe = load_recipe(RECIPE, ["--output_dir", str(tmp_path / "run"), *overrides])
     model_args, args, _ = _arguments(recipe)
     dataset = Dataset.from_list([{"prompt": "x", "nums": [1, 2, 3], "target": 6}] * 64)
-    return _build_trainer(
-        recipe, model_args, args, dataset, load_tokenizer("tiny_base"), RolloutRecorder(tmp_path)
-    )
+    tokenizer = load_tokenizer(recipe.get("model_name_or_path"))
+    return _build_trainer(recipe, model_args, args, dataset, tokenizer, RolloutRecorder(tmp_path))
 
 
 def test_dtype_and_attention_reach_the_model(tmp_path):
@@ -50,6 +51,17 @@ def test_rewards_and_their_weights_reach_the_trainer(tmp_path):
     trainer = build(tmp_path, *rewards)
     assert trainer.reward_func_names == ["equation_reward", "format_reward"]
     assert trainer.reward_weights.tolist() == pytest.approx([1.0, 0.1])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_trl_samples_from_prompts_with_one_bos(tmp_path, kind):
+    """These families' templates print it, and their tokenizers add it to every text."""
+    trainer = build(tmp_path, "--model_name_or_path", build_model(tmp_path / "model", kind))
+    tokenizer = trainer.processing_class
+    prompt = PROMPT_TEMPLATES["mini-r1"].render([1, 2, 3], 6, tokenizer)
+    (ids,), *_ = trainer._tokenize_prompts([prompt])
+    assert ids.index(tokenizer.bos_token_id) == 0
+    assert ids.count(tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize(

@@ -388,7 +388,9 @@ def load_summary(run_dir: Path) -> Summary:
     return _json(run_dir / SUMMARY_FILE)
 
 
-def weights_and_task(name: str, recipe_path: str | None = None) -> tuple[str, TaskConfig, int]:
+def weights_and_task(
+    name: str, recipe_path: str | None = None
+) -> tuple[str, TaskConfig, int, Mapping[str, Any] | None]:
     """What a name such as `runs/tiny-cpu` stands for: its weights, its task, a completion's length.
 
     Args:
@@ -396,7 +398,8 @@ def weights_and_task(name: str, recipe_path: str | None = None) -> tuple[str, Ta
         recipe_path: else the recipe beside the weights counts, else the defaults.
 
     Returns:
-        the folder or hub id of the weights, the task, and the most tokens of a completion.
+        the folder or hub id of the weights, the task, the most tokens of a completion, and the
+        chat_template_kwargs.
 
     Raises:
         InputError: no such recipe, or a run that has saved nothing yet.
@@ -407,9 +410,10 @@ def weights_and_task(name: str, recipe_path: str | None = None) -> tuple[str, Ta
         recipe_path = str(folder / RECIPE_FILE)
     weights = str(run_weights(folder)) if has_recipe else name
     if recipe_path is None:
-        return weights, TaskConfig(), default_of("max_completion_length")
+        return weights, TaskConfig(), default_of("max_completion_length"), None
     recipe = load_recipe(recipe_path)
-    return weights, recipe.task, recipe.get("max_completion_length")
+    length, kwargs = map(recipe.get, ("max_completion_length", "chat_template_kwargs"))
+    return weights, recipe.task, length, kwargs
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from mini_r1.launch import doctor
 from mini_r1.launch.plan import Machine
 from mini_r1.recipe import load_recipe
 from mini_r1.run import LOGS_FOLDER, RECIPE_FILE
+from tests.tiny_models import build_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = RECIPES / "tiny-cpu.yaml"
@@ -118,3 +119,40 @@ def test_a_run_is_continued_but_not_as_another_one(tmp_path):
     (tmp_path / RECIPE_FILE).write_text("seed: 7\n")
     problems = map(str, doctor.problems(recipe))
     assert any("holds a run with seed: 7, this recipe says 1" in text for text in problems)
+
+
+# ---- The prompt -----------------------------------------------------------------------------
+
+
+def of_model(folder, **changes):
+    """A recipe for a model of which only the tokenizer is there."""
+    build_tokenizer("qwen3", **changes).save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "qwen3"}')
+    return load_recipe(
+        TINY, ["--model_name_or_path", str(folder), "--output_dir", str(folder / "run")]
+    )
+
+
+def test_a_prompt_is_tried_without_the_weights(tmp_path):
+    assert not list(doctor.problems(of_model(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"chat_template": None}, "prompt_template: this model has no chat template"),
+        ({"chat_template": "{{ nothing.at_all }}"}, "prompt_template: the model's chat template"),
+        ({"adds": "$A <|im_end|>"}, "model_name_or_path: its tokenizer ends every text with"),
+        ({"eos": None}, "model_name_or_path: the tokenizer of"),
+    ],
+)
+def test_a_model_that_cannot_be_asked_is_refused(tmp_path, changes, problem):
+    (found,) = doctor.problems(of_model(tmp_path, **changes))
+    assert str(found).startswith(problem)
+    assert "\n" not in str(found)
+
+
+def test_a_model_that_is_not_here_yet_is_asked_when_it_is(monkeypatch):
+    monkeypatch.setattr(doctor, "_model", lambda recipe: iter(()))  # the hub has it
+    recipe = load_recipe(TINY, ["--model_name_or_path", "nobody/nothing"])
+    assert not list(doctor.problems(recipe))

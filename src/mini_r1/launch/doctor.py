@@ -5,7 +5,7 @@
     mini-r1 doctor RECIPE --gpus 4 --gpu-memory 80    # or elsewhere; only the GPUs are known
 
 `mini-r1 train` asks the same questions before it starts anything: `first_problem`. Imports no ML
-library.
+library but the tokenizers of transformers, at the end, for the last question.
 """
 
 import os
@@ -22,7 +22,8 @@ from packaging.version import Version
 
 from mini_r1 import InputError, one_line
 from mini_r1.launch.plan import Machine, make_plan
-from mini_r1.model import EMBEDDED_BASES, is_local, model_path
+from mini_r1.model import EMBEDDED_BASES, is_local, load_tokenizer, model_path
+from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import Recipe, load_recipe
 from mini_r1.run import folder_problems
 
@@ -85,8 +86,11 @@ def problems(recipe: Recipe, launcher: str | None = None) -> Iterator[InputError
     """
     yield from _missing_packages(recipe, launcher)
     yield from folder_problems(recipe)
-    yield from _model(recipe)
+    unusable = list(_model(recipe))
+    yield from unusable
     yield from _data(recipe)
+    if not unusable:
+        yield from _prompt(recipe)
 
 
 def _missing_packages(recipe: Recipe, launcher: str | None) -> Iterator[InputError]:
@@ -123,6 +127,27 @@ def _model(recipe: Recipe) -> Iterator[InputError]:
     else:
         instead = f"write a local folder or {EMBEDDED_BASES[0]}"
         yield from _on_hub(name, "model", instead, recipe.get("model_revision"))
+
+
+def _prompt(recipe: Recipe) -> Iterator[InputError]:
+    """Whether the model can be asked as the recipe says, if its tokenizer is on this machine.
+
+    Comes last, since importing the tokenizers takes seconds; the weights are not touched.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    name, revision = recipe.model["model_name_or_path"], recipe.get("model_revision")
+    folder = model_path(name)
+    try:
+        if not Path(folder).is_dir():
+            folder = snapshot_download(name, revision=revision, local_files_only=True)
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError):
+        return  # the run asks once it has fetched it
+    try:
+        template = PROMPT_TEMPLATES[recipe.task.prompt_template]
+        template.renderer(load_tokenizer(folder), recipe.get("chat_template_kwargs"))
+    except InputError as error:
+        yield error
 
 
 def _data(recipe: Recipe) -> Iterator[InputError]:

@@ -9,6 +9,7 @@ in well under one.
 import ast
 import difflib
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -53,6 +54,22 @@ OLD_KEYS = {
     "logging_dir": "leave it out: TensorBoard files are in the run folder",
     "overwrite_output_dir": "leave it out: choose another output_dir, or remove the folder",
     "evaluation_strategy": "eval_strategy",
+}
+
+# What stops TRL 1.16 at the first sampling or has a key of its own: reason -> generation_kwargs.
+REFUSED_IN_GENERATION = {
+    "it wants the tokenizer, which TRL does not give to generate; leave it out, a completion ends "
+    "with the model's eos_token": {"stop_strings", "token_healing"},
+    "write num_generations, a key of the recipe": {"num_return_sequences", "n"},
+    "write max_completion_length, a key of the recipe": {"max_new_tokens", "max_tokens"},
+    "TRL wants the tokens alone; leave it out": {"return_dict_in_generate"},
+    "TRL does not compile; leave it out": {"compile_config", "disable_compile"},
+    "it takes one completion at a time; leave it out": {
+        *("assistant_early_exit", "is_assistant", "prompt_lookup_num_tokens", "use_mtp")
+    },
+    "transformers has it no longer; leave it out": {
+        *("constraints", "dola_layers", "force_words_ids", "num_beam_groups")
+    },
 }
 
 
@@ -301,8 +318,12 @@ def _resolve(
         owner = next((owner for owner, known in kinds.items() if key in known), None)
         if owner is None:
             raise InputError(f"unknown key '{key}'; {_nearest(key, kinds)}", where=where[key])
+        annotation = kinds[owner][key].annotation
+        if key.endswith("_kwargs"):  # TRL takes a mapping as text, too, and any other text as well
+            value = _scalar(key, value) if isinstance(value, str) else value
+            annotation = "dict | None"
         try:
-            parts[owner][key] = _typed(value, kinds[owner][key].annotation)
+            parts[owner][key] = _typed(value, annotation)
         except TypeError as error:
             raise InputError(str(error), key=key, where=where[key]) from None
 
@@ -334,7 +355,34 @@ def _resolve(
             key="reward_weights",
             where=where["reward_weights"],
         )
+    _check_generation(parts["training"], where)
     return task, parts["model"], parts["training"]
+
+
+def _generation_keys() -> set[str]:
+    source = _source("transformers", "generation/configuration_utils.py")
+    return set(re.findall(r"self\.([a-z]\w+) = kwargs\.pop\(", source))
+
+
+def _check_generation(training: Mapping[str, Any], where: Mapping[str, str]) -> None:
+    """Refuse generation_kwargs that would stop the first sampling, or be passed over in silence.
+
+    Without vLLM they go into transformers' GenerationConfig, whose source file tells its keys.
+    """
+    given, known, ours = training.get("generation_kwargs") or {}, set[str](), set[str]()
+    if given and not training.get("use_vllm"):
+        known = _generation_keys()
+        ours = known & _fields_of(_TRAINING_CLASSES).keys()
+    for key in given:
+        reasons = [reason for reason, keys in REFUSED_IN_GENERATION.items() if key in keys]
+        if key in ours:
+            reasons.append("write it as a key of the recipe")
+        elif known and key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            reasons.append(f"unknown; did you mean '{near[0]}'?" if near else "unknown")
+        if reasons:
+            place = where["generation_kwargs"]
+            raise InputError(f"{key}: {reasons[0]}", key="generation_kwargs", where=place)
 
 
 def _nearest(key: str, kinds: Mapping[str, Mapping[str, "Field"]]) -> str:
@@ -415,11 +463,7 @@ def _fields_of(classes: tuple[tuple[str, str, str], ...]) -> dict[str, Field]:
     """The dataclass fields of installed classes, by name, read from their source files."""
     found: dict[str, Field] = {}
     for package, file, class_name in classes:
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise InputError(f"{package} is not installed; run 'make setup'")
-        source = Path(spec.submodule_search_locations[0]) / file
-        tree = ast.parse(source.read_text(encoding="utf-8"))
+        tree = ast.parse(_source(package, file))
         classes_there = (node for node in tree.body if isinstance(node, ast.ClassDef))
         for node in next(node.body for node in classes_there if node.name == class_name):
             if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
@@ -428,6 +472,14 @@ def _fields_of(classes: tuple[tuple[str, str, str], ...]) -> dict[str, Field]:
                 annotation = ast.unparse(node.annotation)
                 found[node.target.id] = Field(annotation, _literal_default(node.value))
     return found
+
+
+def _source(package: str, file: str) -> str:
+    """The text of a source file of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"{package} is not installed; run 'make setup'")
+    return (Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8")
 
 
 def _literal_default(node: ast.expr | None) -> Any:

@@ -21,6 +21,7 @@ from mini_r1.data import (
 from mini_r1.model import load_tokenizer
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TaskConfig
+from tests.tiny_models import build_tokenizer
 
 SMALL = TaskConfig(num_puzzles=400, num_numbers=(3,), number_range=(1, 20), target_range=(1, 100))
 PUZZLES = tuple(generate(400, 42, SMALL.space))
@@ -335,7 +336,7 @@ def test_further_columns_are_kept_as_they_are(tmp_path):
         expected = {"depth": i, "again": i, "level": {"of": i}, "note": note}
         assert list(split.columns[puzzle.key].items()) == list(expected.items())
     tokenizer, template = load_tokenizer("tiny_base"), PROMPT_TEMPLATES["compact"]
-    dataset, _ = prompt_dataset(split.train, template, tokenizer, 99, split.columns)
+    dataset, _ = prompt_dataset(split.train, template, tokenizer, 99, columns=split.columns)
     depths = {Puzzle(tuple(row["nums"]), row["target"]).key: row["depth"] for row in dataset}
     assert depths == {puzzle.key: PUZZLES.index(puzzle) for puzzle in split.train}
     assert dataset[0]["prompt"] != "no"
@@ -394,6 +395,12 @@ def test_long_prompts_are_dropped_and_counted():
     assert dropped == 1
     with pytest.raises(InputError, match="all prompts are longer than 3 tokens"):
         prompt_dataset(puzzles, template, tokenizer, max_prompt_length=3)
+
+
+def test_a_model_that_cannot_be_asked_is_refused():
+    tokenizer = build_tokenizer("qwen3", chat_template="{{ 1 / 0 }}")
+    with pytest.raises(InputError, match="prompt_template: the model's chat template fails"):
+        prompt_dataset([Puzzle((1, 2), 3)], PROMPT_TEMPLATES["compact"], tokenizer, 99)
 
 
 def test_audit():

@@ -20,8 +20,10 @@ from mini_r1.evaluate import (
     sample_batches,
     sampling,
     summarize,
+    tokenize,
 )
 from mini_r1.model import load_model, load_tokenizer
+from tests.tiny_models import build_tokenizer
 
 TASK = COLD_STARTS["tiny_base"].task
 
@@ -170,7 +172,27 @@ def test_evaluates_the_embedded_base_by_name():
 
 
 def test_what_cannot_be_evaluated_is_explained(tmp_path):
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match="is not in the cache"):
         evaluate_model("no/such-model", num_puzzles=5)
     with pytest.raises(InputError, match="puzzles are held out"):
         evaluate_model("tiny_base", num_puzzles=100_000)
+
+
+def test_a_model_that_cannot_be_asked_is_refused_before_its_weights_are_loaded(tmp_path):
+    spoilt = build_tokenizer("qwen3", chat_template="{{ 1 / 0 }}")
+    spoilt.save_pretrained(tmp_path)  # and no weights
+    with pytest.raises(InputError, match="prompt_template: the model's chat template fails"):
+        evaluate_model(str(tmp_path), num_puzzles=5)
+
+
+def test_prompts_are_padded_and_have_no_token_types(tmp_path):
+    """As TRL has them: left, with the end for want of a pad token."""
+    tokenizer = build_tokenizer("llama")
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    inputs = tokenize(tokenizer, ["2", "2+3"])
+    assert inputs.keys() == {"input_ids", "attention_mask"}
+    end, (two,) = tokenizer.eos_token_id, tokenizer("2", add_special_tokens=False)["input_ids"]
+    assert inputs["input_ids"][0].tolist() == [end, end, tokenizer.bos_token_id, two]
+    assert inputs["attention_mask"][0].tolist() == [0, 0, 1, 1]

@@ -6,7 +6,16 @@ from dataclasses import fields
 import pytest
 import yaml
 
-from mini_r1.keys import MODEL_CLASSES, RANGES, TRAINING_CLASSES, Key, Range, check_number, keys_of
+from mini_r1.keys import (
+    MODEL_CLASSES,
+    RANGES,
+    TRAINING_CLASSES,
+    Key,
+    Range,
+    check_number,
+    generation_keys,
+    keys_of,
+)
 from mini_r1.recipe import all_keys
 
 THEIRS = {**keys_of(MODEL_CLASSES), **keys_of(TRAINING_CLASSES)}
@@ -143,3 +152,13 @@ def test_wrong_types(annotation, text, message):
 def test_ranges(interval, inside, outside):
     assert all(Range(interval).holds(number) for number in inside)
     assert not any(Range(interval).holds(number) for number in outside)
+
+
+def test_the_keys_of_generation_read_from_source_are_those_of_the_class():
+    from transformers import GenerationConfig
+
+    config = GenerationConfig()
+    keys = generation_keys()
+    assert {"min_new_tokens", "temperature"} < keys
+    assert [key for key in keys if not hasattr(config, key)] == []
+    assert [key for key in vars(config) if not key.startswith("_") and key not in keys] == []

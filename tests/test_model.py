@@ -7,6 +7,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mini_r1 import InputError
 from mini_r1.bases.cold_start import COLD_STARTS
@@ -25,6 +28,7 @@ from mini_r1.model import (
     whole_model,
 )
 from mini_r1.run import MANIFEST_FILE
+from tests.tiny_models import KINDS, build_tokenizer
 
 
 def manifest_of(name):
@@ -49,7 +53,7 @@ def test_an_embedded_base_is_what_its_manifest_says(name):
 
 
 def test_the_embedded_base_loads_with_plain_auto_classes():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     model, tokenizer = (
         kind.from_pretrained(model_path("tiny_base"))
@@ -220,3 +224,82 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(InputError, match="is an adapter of itself"):
         load_model(itself)
     assert whole_model(itself) == itself
+
+
+# ---- Tokenizers -----------------------------------------------------------------------------
+
+COMPLETION = "2+3=5\n</think>\n<answer>(2+3)*4</answer>"
+
+
+def saved(folder, kind="qwen3", **changes):
+    build_tokenizer(kind, **changes).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tags_that_are_special_tokens_survive_decoding(kind, tmp_path):
+    """Every reward is given for them, and TRL decodes without special tokens."""
+    folder = saved(tmp_path / "special", kind, special_tags=True)
+    ids = AutoTokenizer.from_pretrained(folder)(COMPLETION)["input_ids"]
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer(COMPLETION)["input_ids"] == ids
+    assert tokenizer.batch_decode([ids], skip_special_tokens=True) == [COMPLETION]
+    assert tokenizer.decode([tokenizer.eos_token_id], skip_special_tokens=True) == ""
+    # Saved beside the trained weights, it is the same for everybody.
+    tokenizer.save_pretrained(tmp_path / "trained")
+    for load in (load_tokenizer, AutoTokenizer.from_pretrained):
+        again = load(str(tmp_path / "trained"))
+        assert again(COMPLETION)["input_ids"] == ids
+        assert again.decode(ids, skip_special_tokens=True) == COMPLETION
+
+
+def test_tags_among_the_further_special_tokens_survive_decoding(tmp_path):
+    folder = saved(tmp_path, special_tags=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["extra_special_tokens"] = ["<think>", "</think>", "<|im_start|>"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer(f"<|im_start|>{COMPLETION}")["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == COMPLETION
+    tokenizer.save_pretrained(tmp_path / "trained")
+    again = AutoTokenizer.from_pretrained(tmp_path / "trained")
+    assert again.extra_special_tokens == ["<|im_start|>"]
+    assert again.decode(ids, skip_special_tokens=True) == COMPLETION
+
+
+def test_a_tag_may_end_every_completion(tmp_path):
+    tokenizer = load_tokenizer(saved(tmp_path, eos="</answer>", special_tags=True))
+    ids = tokenizer(COMPLETION)["input_ids"]
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True) == COMPLETION
+
+
+def test_a_tokenizer_without_the_letters_of_a_tag_is_refused(tmp_path):
+    backend = Tokenizer(WordLevel({"2": 0, "</s>": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", unk_token="[UNK]"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"model_name_or_path: .* cannot write <think>"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_without_a_pad_token_padding_is_trls(kind, tmp_path):
+    tokenizer = load_tokenizer(saved(tmp_path, kind))
+    assert tokenizer.pad_token == tokenizer.eos_token
+
+
+@pytest.mark.parametrize("pad", [None, "<pad>"])
+def test_without_an_end_there_is_no_completion(pad, tmp_path):
+    folder = saved(tmp_path, bos=None, eos=None, pad=pad)
+    with pytest.raises(InputError, match=r"model_name_or_path: .* has no eos_token"):
+        load_tokenizer(folder)
+
+
+def test_a_torn_tokenizer_is_explained(tmp_path):
+    folder = saved(tmp_path)
+    for torn in ("version https://git-lfs.github.com/spec/v1\n", "{}"):
+        (tmp_path / "tokenizer.json").write_text(torn)
+        with pytest.raises(InputError, match="cannot be loaded"):
+            load_tokenizer(folder)

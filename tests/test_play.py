@@ -9,13 +9,14 @@ from mini_r1.countdown.puzzles import Puzzle
 from mini_r1.model import load_tokenizer, model_path
 from mini_r1.play import TextStream, judge, side_by_side, think
 from mini_r1.run import RECIPE_FILE, weights_and_task
+from tests.tiny_models import build
 
 PUZZLE = Puzzle((4, 5, 12), 68)
 
 
 def test_the_text_comes_in_parts_that_make_the_whole():
     parts = []
-    weights, task, length = weights_and_task("tiny_base")
+    weights, task, length, _ = weights_and_task("tiny_base")
     text = think(weights, PUZZLE, task, length, 1, parts.append)
     assert len(parts) > 10
     assert "".join(parts) == text + "\n"
@@ -98,6 +99,16 @@ def test_a_held_out_puzzle_is_dealt(capsys):
 def test_bad_input(arguments, message, capsys):
     assert main(["play", "tiny_base", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_asked_is_refused_before_its_weights_are_loaded(tmp_path, capsys):
+    config = {"max_position_embeddings": 2048}
+    build(tmp_path, "qwen3", config, chat_template="{{ 1 / 0 }}")
+    capsys.readouterr()  # DeepSpeed's
+    assert main(["play", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "prompt_template: the model's chat template fails" in printed.err
+    assert printed.out == ""  # not even a puzzle, whose dealing may take a while
 
 
 def test_a_run_that_has_saved_nothing_yet(tmp_path):

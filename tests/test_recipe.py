@@ -407,6 +407,39 @@ def test_recipes_and_launch_configs_come_with_an_installed_package(tmp_path):
 
 
 # ---- Keys of older libraries ----------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{stop_strings: [</answer>]}", "stop_strings: it wants the tokenizer"),
+        ("{num_return_sequences: 2}", "num_return_sequences: write num_generations"),
+        ("{return_dict_in_generate: true}", "return_dict_in_generate: TRL wants the tokens alone"),
+        ("{temperature: 0}", "temperature: write it as a key of the recipe"),
+        ("{min_new_token: 2}", "min_new_token: unknown; did you mean 'min_new_tokens'?"),
+        ("{stop: [x]}", "stop: unknown"),
+        ("hello", "want a mapping, got 'hello'"),
+    ],
+)
+def test_generation_kwargs_that_cannot_be_met_are_refused(write, given, message):
+    path = write(f"{MINIMAL}generation_kwargs: {given}\n")
+    with pytest.raises(InputError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path} line 2: generation_kwargs: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_generation_kwargs_are_those_of_who_generates(write):
+    path = write(f"{MINIMAL}generation_kwargs: {{min_new_tokens: 2}}\n")
+    assert load_recipe(path).get("generation_kwargs") == {"min_new_tokens": 2}
+    path = write(f"{MINIMAL}use_vllm: true\ngeneration_kwargs: {{stop: [x], seed: 1}}\n")
+    assert load_recipe(path).get("generation_kwargs") == {"stop": ["x"], "seed": 1}
+    path = write(f"{MINIMAL}use_vllm: true\ngeneration_kwargs: {{n: 2}}\n")
+    with pytest.raises(InputError, match="n: write num_generations"):
+        load_recipe(path)
+
+
+def test_a_mapping_may_be_json_as_trl_takes_it(write):
+    path = write(f"""{MINIMAL}chat_template_kwargs: '{{"enable_thinking": false}}'\n""")
+    assert load_recipe(path).get("chat_template_kwargs") == {"enable_thinking": False}
 
 
 def test_a_recipe_for_the_tutorials_trl_gets_a_table(write):

@@ -107,7 +107,7 @@ def a_run(start, **keys):
 def test_a_run_is_evaluated_without_its_rewards(elsewhere):
     rewards = ["format", "my_task.multiplies", "./my_task.py:bonus"]
     run_dir = a_run(elsewhere[0], reward_funcs=rewards, max_completion_length=7)
-    weights, task, length = weights_and_task(str(run_dir))
+    weights, task, length, _ = weights_and_task(str(run_dir))
     assert (weights, list(task.reward_funcs), length) == (str(run_dir), rewards, 7)
     with pytest.raises(InputError, match=r"recipe\.yaml line 2: reward_funcs: cannot import 'my_t"):
         load_recipe(run_dir / RECIPE_FILE)
@@ -131,12 +131,12 @@ def test_its_data_are_those_of_its_start(elsewhere, source, found):
     for name in ("24.jsonl", "moved.jsonl"):
         (here / name).touch()
     run_dir = a_run(start, dataset_id_or_path=source)
-    _, task, _ = weights_and_task(str(run_dir))
+    _, task, *_ = weights_and_task(str(run_dir))
     assert Path(task.dataset_id_or_path) == Path(found.format(start=start))
     assert yaml.safe_load((run_dir / RECIPE_FILE).read_text())["dataset_id_or_path"] == source
     # Another recipe's paths count from here, and so do those of a run that does not say.
-    _, task, _ = weights_and_task(str(run_dir), str(run_dir / RECIPE_FILE))
+    _, task, *_ = weights_and_task(str(run_dir), str(run_dir / RECIPE_FILE))
     assert task.dataset_id_or_path == source
     write_json(run_dir / MANIFEST_FILE, {})
-    _, task, _ = weights_and_task(str(run_dir))
+    _, task, *_ = weights_and_task(str(run_dir))
     assert task.dataset_id_or_path == source

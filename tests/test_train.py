@@ -7,10 +7,12 @@ from peft import PeftModel
 
 from mini_r1 import InputError
 from mini_r1.model import load_tokenizer
+from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import load_recipe
 from mini_r1.rollouts import RolloutRecorder
 from mini_r1.start import Start
 from mini_r1.train import _arguments, _build_trainer
+from tests.tiny_models import build as build_model
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny-cpu.yaml"
 
@@ -19,8 +21,8 @@ def build(tmp_path, *overrides):
     recipe = load_recipe(RECIPE, ["--output_dir", str(tmp_path / "run"), *overrides])
     model_args, args, _ = _arguments(recipe)
     dataset = Dataset.from_list([{"prompt": "x", "nums": [1, 2, 3], "target": 6}] * 64)
-    tokenizer, recorder = load_tokenizer("tiny_base"), RolloutRecorder(tmp_path)
-    weights = Start(recipe).folder
+    weights, recorder = Start(recipe).folder, RolloutRecorder(tmp_path)
+    tokenizer = load_tokenizer(recipe.get("model_name_or_path"))
     return _build_trainer(recipe, model_args, args, dataset, tokenizer, recorder, weights)
 
 
@@ -80,6 +82,17 @@ def test_rewards_of_all_kinds_reach_trl_under_their_names(own_folder):
     rows = [{"prompt": "x", "nums": [1, 2, 3], "target": 6}] * 3
     scores = trainer._calculate_rewards(rows, ["x"] * 3, ["y"] * 3, [[1]] * 3)  # [3, 3]
     assert scores.nan_to_num(9).tolist() == [[0.5, 1.0, 9.0], [0.5, 0.0, 0.25], [0.5, 0.0, 9.0]]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_trl_samples_from_prompts_with_one_bos(tmp_path, kind):
+    """These families' templates print it, and their tokenizers add it to every text."""
+    trainer = build(tmp_path, "--model_name_or_path", build_model(tmp_path / "model", kind))
+    tokenizer = trainer.processing_class
+    prompt = PROMPT_TEMPLATES["mini-r1"].render([1, 2, 3], 6, tokenizer)
+    (ids,), *_ = trainer._tokenize_prompts([prompt])
+    assert ids.index(tokenizer.bos_token_id) == 0
+    assert ids.count(tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from mini_r1.countdown.expression import MAX_CHARS, ExpressionError, parse
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
+TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
 
 # What equations in running text are made of; a line's bullet dash is not part of one.
 _ARITHMETIC = re.compile(r"[0-9+\-*/()= \t]+")

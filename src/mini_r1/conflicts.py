@@ -4,10 +4,27 @@ The libraries refuse these after the model is loaded, at the first step, or not 
 what depends on the machine (launch/plan.py) or on the model and data (launch/doctor.py).
 """
 
+import difflib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mini_r1.keys import shortened
+from mini_r1.keys import TRAINING_CLASSES, generation_keys, keys_of, shortened
+
+# What stops TRL 1.16 at the first sampling or has a key of its own: reason -> generation_kwargs.
+REFUSED_IN_GENERATION = {
+    "it wants the tokenizer, which TRL does not give to generate; leave it out, a completion ends "
+    "with the model's eos_token": {"stop_strings", "token_healing"},
+    "write num_generations, a key of the recipe": {"num_return_sequences", "n"},
+    "write max_completion_length, a key of the recipe": {"max_new_tokens", "max_tokens"},
+    "TRL wants the tokens alone; leave it out": {"return_dict_in_generate"},
+    "TRL does not compile; leave it out": {"compile_config", "disable_compile"},
+    "it takes one completion at a time; leave it out": {
+        *("assistant_early_exit", "is_assistant", "prompt_lookup_num_tokens", "use_mtp")
+    },
+    "transformers has it no longer; leave it out": {
+        *("constraints", "dola_layers", "force_words_ids", "num_beam_groups")
+    },
+}
 
 
 def conflicts(get: Callable[[str], Any]) -> Iterator[tuple[Any, str, str]]:
@@ -120,9 +137,29 @@ def conflicts(get: Callable[[str], Any]) -> Iterator[tuple[Any, str, str]]:
         "needs log_completions: true",
     )
 
-    # vLLM.
+    # Sampling.
+    for key, problem in _refused_in_generation(get):
+        yield True, "generation_kwargs", f"{key}: {problem}"
     if get("use_vllm"):
         yield from _vllm_conflicts(get)
+
+
+def _refused_in_generation(get: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
+    """The generation_kwargs that would stop the first sampling, or be passed over in silence.
+
+    Without vLLM they go into transformers' GenerationConfig.
+    """
+    given = get("generation_kwargs") or {}
+    known = generation_keys() if given and not get("use_vllm") else frozenset()
+    for key in given:
+        reason = next((why for why, keys in REFUSED_IN_GENERATION.items() if key in keys), None)
+        if reason:
+            yield key, reason
+        elif key in known and key in keys_of(TRAINING_CLASSES):
+            yield key, "write it as a key of the recipe"
+        elif known and key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            yield key, f"unknown; did you mean '{near[0]}'?" if near else "unknown"
 
 
 def _vllm_conflicts(get: Callable[[str], Any]) -> Iterator[tuple[Any, str, str]]:

@@ -154,24 +154,33 @@ def prompt_dataset(
     template: PromptTemplate,
     tokenizer: "PreTrainedTokenizerBase",
     max_prompt_length: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     columns: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple["Dataset", int]:
     """What the trainer draws from.
 
     Args:
         max_prompt_length: in tokens; today's TRL neither truncates nor drops prompts by itself.
+        chat_template_kwargs: see `PromptTemplate.renderer`.
         columns: further ones for the rewards, by the puzzle's key: `Split.columns`.
 
     Returns:
         a dataset with the columns prompt (str), target (int) and nums (list of int), the further
         ones beside them, and how many prompts were too long for it.
+
+    Raises:
+        InputError: this model cannot be asked so, or all prompts are too long.
     """
     from datasets import Dataset
 
+    render = template.renderer(tokenizer, chat_template_kwargs)
     rows = []
     for puzzle in puzzles:
-        prompt = template.render(puzzle.nums, puzzle.target, tokenizer)
-        row = {"prompt": prompt, "target": puzzle.target, "nums": list(puzzle.nums)}
+        row = {
+            "prompt": render(puzzle.nums, puzzle.target),
+            "target": puzzle.target,
+            "nums": list(puzzle.nums),
+        }
         rows.append({**(columns or {}).get(puzzle.key, {}), **row})
     lengths = [len(ids) for ids in tokenizer([row["prompt"] for row in rows])["input_ids"]]
     kept = [row for row, length in zip(rows, lengths, strict=True) if length <= max_prompt_length]

@@ -9,7 +9,7 @@ the number of processes, and the training's random state is untouched.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
@@ -20,7 +20,7 @@ from typing import Any
 import rich
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mini_r1 import InputError
 from mini_r1.behaviors import behavior, summarize_behaviors
@@ -70,15 +70,18 @@ def evaluate_model(
     Raises:
         InputError: no such model, data or recipe, or more puzzles asked for than are held out.
     """
-    weights, task, max_completion_length = weights_and_task(name, recipe_path)
+    weights, task, max_completion_length, chat_template_kwargs = weights_and_task(name, recipe_path)
     changes = {
         "num_eval_puzzles": num_puzzles,
         "num_eval_samples": num_samples,
         "eval_temperature": temperature,
     }
     task = replace(task, **{key: value for key, value in changes.items() if value is not None})
-    tokenizer, model = load_tokenizer(weights), load_model(weights)
+    # Whatever can be refused is refused before the weights are loaded.
+    tokenizer = load_tokenizer(weights)
+    PROMPT_TEMPLATES[task.prompt_template].renderer(tokenizer, chat_template_kwargs)
     puzzles = heldout_puzzles(load_split(task), task)
+    model = load_model(weights)
     with progress_bar(len(puzzles) * task.num_eval_samples, Path(name).name) as on_batch:
         batches = sample_batches(
             model,
@@ -86,6 +89,7 @@ def evaluate_model(
             puzzles,
             task,
             max_completion_length=max_completion_length,
+            chat_template_kwargs=chat_template_kwargs,
             seed=seed,
             on_batch=on_batch,
         )
@@ -135,6 +139,7 @@ def sample_batches(
     task: TaskConfig,
     *,
     max_completion_length: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     process: int = 0,
     num_processes: int = 1,
@@ -146,6 +151,7 @@ def sample_batches(
         model: a causal language model with `generate`.
         task: says the prompt, the temperature and the number of samples per puzzle.
         max_completion_length: in tokens; longer completions are cut and count as truncated.
+        chat_template_kwargs: see `PromptTemplate.renderer`.
         on_batch: called after each batch with the number of completions it held.
 
     Returns:
@@ -153,6 +159,7 @@ def sample_batches(
     """
     # What all batches share.
     num_samples, template = task.num_eval_samples, PROMPT_TEMPLATES[task.prompt_template]
+    render = template.renderer(tokenizer, chat_template_kwargs)
     per_batch = max(1, EVALUATION_BATCH // num_samples)  # puzzles
     stops = stop_ids(model, tokenizer)
     generation = sampling(model, tokenizer, task, max_completion_length, num_samples)
@@ -171,9 +178,8 @@ def sample_batches(
             torch.manual_seed(uniform_hash("evaluate", seed, index) >> 1)
 
             # Sample: [batch, prompt] -> [batch * num_samples, prompt + completion].
-            prompts = [template.render(puzzle.nums, puzzle.target, tokenizer) for puzzle in batch]
-            inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-            inputs = inputs.to(model.device)
+            prompts = [render(puzzle.nums, puzzle.target) for puzzle in batch]
+            inputs = tokenize(tokenizer, prompts).to(model.device)
             sequences = model.generate(  # ty: ignore[not-callable]  (GenerationMixin's)
                 **inputs, generation_config=generation
             )
@@ -282,6 +288,21 @@ def _judge(
     equations = equation_reward(texts, target=targets, nums=numbers)
     columns = zip(puzzles, texts, lengths, truncated, formats, equations, strict=True)
     return [Sample(puzzle.nums, puzzle.target, *rest) for puzzle, *rest in columns]
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> BatchEncoding:
+    """Prompts as input_ids and attention_mask, [batch, prompt] each, wherever a model is judged.
+
+    With the special tokens that TRL adds, too, and without the token types that models which
+    generate do not take.
+    """
+    return tokenizer(
+        prompts,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        return_token_type_ids=False,
+    )
 
 
 def sampling(

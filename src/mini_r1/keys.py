@@ -310,6 +310,20 @@ def keys_of(classes: tuple[tuple[str, str, str], ...]) -> dict[str, Key]:
 
 
 @cache
+def generation_keys() -> frozenset[str]:
+    """The keys of transformers' GenerationConfig, read from its source file."""
+    return frozenset(
+        str(_name(node.targets[0]))
+        for node in ast.walk(_source("transformers", "generation/configuration_utils.py"))
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and ast.unparse(node.value.func) == "kwargs.pop"
+        and ast.unparse(node.targets[0]).startswith("self.")
+        and not str(_name(node.targets[0])).startswith("_")
+    )
+
+
+@cache
 def _source(package: str, file: str) -> ast.Module:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:

@@ -9,7 +9,7 @@ mini-r1 play runs/tiny-cpu --compare      # the base it started from, beside it
 
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -25,7 +25,7 @@ from mini_r1.countdown.expression import ExpressionError, parse
 from mini_r1.countdown.puzzles import Puzzle
 from mini_r1.countdown.solver import check_numbers, solve
 from mini_r1.data import load_split
-from mini_r1.evaluate import sampling
+from mini_r1.evaluate import sampling, tokenize
 from mini_r1.model import load_model, load_tokenizer
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TaskConfig
@@ -78,13 +78,15 @@ def play(
         InputError: no such model, no puzzle, or nothing to compare with.
     """
     base = _base_of(name) if compare else None
-    weights, task, max_completion_length = weights_and_task(name)
+    weights, task, max_completion_length, kwargs = weights_and_task(name)
     if temperature is not None:
         task = replace(task, eval_temperature=temperature)
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     if (nums is None) != (target is None):
         raise InputError("give both, or neither to be dealt a puzzle", where="--nums and --target")
     if nums is None or target is None:
+        # Dealing may take a while; a model that cannot be asked is refused at once.
+        PROMPT_TEMPLATES[task.prompt_template].renderer(load_tokenizer(weights), kwargs)
         puzzle = random.Random(seed).choice(load_split(task).heldout)
     else:
         try:
@@ -93,13 +95,17 @@ def play(
             raise InputError(str(error), where="--nums") from None
         puzzle = Puzzle(tuple(nums), target)
     print(f"Make {puzzle.target} using each of {', '.join(map(str, puzzle.nums))} once.")
+
+    def written(model: str, write: Write) -> str:
+        return think(model, puzzle, task, max_completion_length, seed, write, kwargs)
+
     if base is None:
-        text = think(weights, puzzle, task, max_completion_length, seed, _to_screen)
+        text = written(weights, _to_screen)
         print(f"\n{judge(text, puzzle)}")
         return
 
     def column(title: str, model: str) -> str:
-        text = think(model, puzzle, task, max_completion_length, seed, lambda part: None)
+        text = written(model, lambda part: None)
         return f"{title}\n\n{printable(text).strip()}\n\n{judge(text, puzzle)}"
 
     columns = shutil.get_terminal_size().columns
@@ -117,12 +123,13 @@ def think(
     max_completion_length: int,
     seed: int,
     write: Write,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """One completion of a model for a puzzle, written as it comes; returns the whole."""
-    tokenizer, model = load_tokenizer(weights), load_model(weights)
-    template = PROMPT_TEMPLATES[task.prompt_template]
-    prompt = template.render(puzzle.nums, puzzle.target, tokenizer)
-    inputs = tokenizer(prompt, return_tensors="pt")
+    tokenizer = load_tokenizer(weights)
+    render = PROMPT_TEMPLATES[task.prompt_template].renderer(tokenizer, chat_template_kwargs)
+    model = load_model(weights)
+    inputs = tokenize(tokenizer, [render(puzzle.nums, puzzle.target)])
     generation = sampling(model, tokenizer, task, max_completion_length)
     stream = TextStream(tokenizer, write)
     torch.manual_seed(seed)

@@ -1,15 +1,19 @@
-"""The prompt templates, as constants; a recipe chooses one by name (`prompt_template`).
+"""The prompt templates, as constants, and the one gate that every rendered prompt has passed.
 
-Every prompt ends inside an open `<think>`, so a completion is what the model writes after it. Chat
-prompts are rendered by the model's own chat template; `tinyzero` is plain text for base models,
-which have none.
+A recipe chooses a template by name (`prompt_template`). Every prompt ends inside an open `<think>`,
+so a completion is what the model writes after it. Chat prompts are rendered by the model's own chat
+template, whose author did not think of us: `PromptTemplate.renderer` makes the best of it, and
+refuses what would ask another question than ours. `tinyzero` is plain text for base models, which
+have no chat template.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from mini_r1 import InputError
+from mini_r1 import InputError, one_line
+from mini_r1.completion import THINK_CLOSE, THINK_OPEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +61,17 @@ TINYZERO_TEXT = (
 COMPACT_USER = "Make {target} using each of {nums} once."
 
 
+# Numbers and target of a puzzle -> its prompt as one string, special tokens of the chat included.
+Render = Callable[[Sequence[int], int], str]
+Chat = list[dict[str, str]]
+
+SAMPLE = ((19, 36, 55, 7), 65)  # the puzzle whose prompt is checked
+# What the renderer itself says to a chat template.
+OURS = {"add_generation_prompt", "continue_final_message", "messages", "tokenize"}
+# A think block that the chat template opens, or opens and closes, where the prefill has to stand.
+_THINK_TAGS = re.compile(rf"(?:(?:{THINK_OPEN}|{THINK_CLOSE})\s*)+$")
+
+
 @dataclass(frozen=True)
 class PromptTemplate:
     """One way to ask.
@@ -70,30 +85,181 @@ class PromptTemplate:
     prefill: str | None = None
     bare_numbers: bool = False
 
+    def question(self, nums: Sequence[int], target: int) -> str:
+        """What the user says."""
+        numbers = ", ".join(map(str, nums)) if self.bare_numbers else str(list(nums))
+        return self.user.format(nums=numbers, target=target)
+
     def render(self, nums: Sequence[int], target: int, tokenizer: "PreTrainedTokenizerBase") -> str:
-        """The prompt as one string, ready to be tokenized, special tokens of the chat included.
+        """The prompt of one puzzle; for several, or with chat_template_kwargs, see `renderer`."""
+        return self.renderer(tokenizer)(nums, target)
+
+    def renderer(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Render:
+        """Pass the gate: how this tokenizer's model is asked, wherever it is asked.
+
+        A prompt holds our texts word for word and ends in exactly the prefill, which stands
+        directly after one header of the assistant's turn. Tokenized with special tokens, as TRL
+        does, it begins with one BOS if the model uses any. Needs no weights.
+
+        Args:
+            chat_template_kwargs: what else the chat template is given, such as enable_thinking.
 
         Raises:
-            InputError: the tokenizer has no chat template, which this prompt needs.
+            InputError: chat template or tokenizer make something else of it; says what.
         """
-        numbers = ", ".join(map(str, nums)) if self.bare_numbers else str(list(nums))
-        user = self.user.format(nums=numbers, target=target)
+        kwargs = dict(chat_template_kwargs or {})
+        head, tail = self._around_question(tokenizer, kwargs)
+        before, after = _added_around(tokenizer)
+        if after:
+            raise InputError(
+                f"its tokenizer ends every text with {after}, where the model has to go on; "
+                "write add_eos_token: false into its tokenizer_config.json",
+                key="model_name_or_path",
+            )
+        if before and head.lstrip().startswith(before):
+            head = head.lstrip().removeprefix(before)
+
+        def render(nums: Sequence[int], target: int) -> str:
+            return head + self.question(nums, target) + tail
+
+        self._check_tokens(render(*SAMPLE), tokenizer)
+        return render
+
+    def _around_question(
+        self, tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str, Any]
+    ) -> tuple[str, str]:
+        """What the chat template puts before the user's text, and after it up to the prefill."""
         if self.prefill is None:
-            return user
+            if kwargs:
+                raise InputError(
+                    "this prompt_template uses no chat template; leave it out",
+                    key="chat_template_kwargs",
+                )
+            return "", ""
         if not tokenizer.chat_template:
             raise InputError(
                 "this model has no chat template; write tinyzero for base models",
                 key="prompt_template",
             )
-        messages = [{"role": "system", "content": self.system}] if self.system else []
-        messages += [
-            {"role": "user", "content": user},
-            {"role": "assistant", "content": self.prefill},
-        ]
-        rendered = tokenizer.apply_chat_template(
-            messages, tokenize=False, continue_final_message=True
+        for key in kwargs:
+            if key in OURS or not re.search(
+                rf"\b{re.escape(str(key))}\b", str(tokenizer.chat_template)
+            ):
+                raise InputError(
+                    f"the model's chat template knows no '{key}'; leave it out",
+                    key="chat_template_kwargs",
+                )
+
+        def apply(chat: Chat, **ours: Any) -> str:
+            try:
+                rendered = tokenizer.apply_chat_template(chat, tokenize=False, **ours, **kwargs)
+            except Exception as error:  # a template is a stranger's program, and may raise anything
+                raise _Fault(f"fails ({one_line(error, 120)})") from error
+            return cast(str, rendered)
+
+        # The system text has a turn of its own, unless the template has none for it.
+        question = self.question(*SAMPLE)
+        chats: list[Chat] = [[{"role": "user", "content": question}]]
+        if self.system:
+            chats[0].insert(0, {"role": "system", "content": self.system})
+            chats.append([{"role": "user", "content": f"{self.system}\n\n{question}"}])
+        fault = None
+        for chat in chats:
+            for render in (_as_message, _after_header):
+                try:
+                    prompt = render(apply, chat, self.prefill)
+                    return self._split(prompt, question, tokenizer)
+                except _Fault as error:
+                    fault = error
+        raise InputError(
+            f"the model's chat template {fault}; mend it, choose another model, or write "
+            "tinyzero, which needs none",
+            key="prompt_template",
         )
-        return cast(str, rendered)
+
+    def _split(
+        self, prompt: str, question: str, tokenizer: "PreTrainedTokenizerBase"
+    ) -> tuple[str, str]:
+        """A prompt without its question: what stands before it, and after it.
+
+        Raises:
+            _Fault: it does not hold what it has to.
+        """
+        prefill, system = self.prefill or "", self.system or ""
+        head, *tails = prompt.split(question)
+        if not tails:
+            raise _Fault("drops or rewrites the user's text")
+        if len(tails) > 1:
+            raise _Fault("repeats the user's text")
+        if system not in head:
+            raise _Fault("drops or rewrites the system text")
+        if not tails[0].endswith(prefill):
+            raise _Fault("rewrites the assistant's text")
+        header = _THINK_TAGS.sub("", tails[0].removesuffix(prefill))
+        if THINK_OPEN in header or THINK_CLOSE in header:
+            raise _Fault("thinks in the assistant's place")
+        markers = filter(str.strip, tokenizer.get_added_vocab())
+        if any(header.count(marker) > 1 for marker in markers):
+            raise _Fault("opens the assistant's turn twice")
+        return head, header + prefill
+
+    def _check_tokens(self, prompt: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Whether the prompt is the same once it is tokenized."""
+        ids = tokenizer(prompt)["input_ids"]
+        bos = tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise InputError(
+                f"the model's chat template prints {tokenizer.bos_token} twice",
+                key="prompt_template",
+            )
+        # Blanks aside, which some tokenizers add or join.
+        read = "".join(cast(str, tokenizer.decode(ids)).split())
+        texts = (self.system, self.question(*SAMPLE), self.prefill)
+        ours = ["".join(text.split()) for text in texts if text is not None]
+        if not all(text in read for text in ours) or not read.endswith(ours[-1]):
+            raise InputError(
+                f"its tokenizer cannot spell the prompt, which it reads as '...{read[-80:]}'; "
+                "choose another model",
+                key="model_name_or_path",
+            )
+
+
+class _Fault(Exception):
+    """What a chat template does to a prompt, as it goes on after "the chat template"."""
+
+
+def _as_message(apply: Callable[..., str], chat: Chat, prefill: str) -> str:
+    """The prefill as a message that is to be continued: it gets the header of a message."""
+    chat = [*chat, {"role": "assistant", "content": prefill}]
+    return apply(chat, continue_final_message=True)
+
+
+def _after_header(apply: Callable[..., str], chat: Chat, prefill: str) -> str:
+    """The prefill after the header of a new message.
+
+    For templates that rewrite the assistant's messages, or call that role otherwise.
+    """
+    prompt = apply(chat, add_generation_prompt=True)
+    if prompt == apply(chat) and prompt.count(chat[-1]["content"]) == 1:
+        raise _Fault("opens no turn for the assistant")
+    return prompt + prefill
+
+
+def _added_around(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
+    """The special tokens that the tokenizer itself puts before every text and after it."""
+    plain, whole = (
+        tokenizer("x", add_special_tokens=special)["input_ids"] for special in (False, True)
+    )
+    start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    before, after = whole[:start], whole[start + len(plain) :]
+    return (
+        "".join(tokenizer.convert_ids_to_tokens(before)),
+        "".join(tokenizer.convert_ids_to_tokens(after)),
+    )
 
 
 PROMPT_TEMPLATES = {

@@ -417,7 +417,9 @@ def load_summary(run_dir: Path) -> Summary:
     return _json(run_dir / SUMMARY_FILE)
 
 
-def weights_and_task(name: str, recipe_path: str | None = None) -> tuple[str, TaskConfig, int]:
+def weights_and_task(
+    name: str, recipe_path: str | None = None
+) -> tuple[str, TaskConfig, int, Mapping[str, Any] | None]:
     """What a name such as `runs/tiny-cpu` stands for: its weights, its task, a completion's length.
 
     Args:
@@ -425,20 +427,22 @@ def weights_and_task(name: str, recipe_path: str | None = None) -> tuple[str, Ta
         recipe_path: else the recipe beside the weights counts, else the defaults.
 
     Returns:
-        the folder or hub id of the weights, the task, and the most tokens of a completion.
+        the folder or hub id of the weights, the task, the most tokens of a completion, and the
+        chat_template_kwargs.
 
     Raises:
         InputError: no such recipe, or a run that has saved nothing yet.
     """
     folder, weights = Path(model_path(name)), weights_of(name)
     if recipe_path is None and not is_run(folder):
-        return weights, TaskConfig(), default_of("max_completion_length")
+        return weights, TaskConfig(), default_of("max_completion_length"), None
     recipe = load_recipe(recipe_path or folder / RECIPE_FILE, to_train=False)
     task = recipe.task
     if recipe_path is None:
         data = _from_start(folder, task.dataset_id_or_path)
         task = replace(task, dataset_id_or_path=data)
-    return weights, task, recipe.get("max_completion_length")
+    length, kwargs = map(recipe.get, ("max_completion_length", "chat_template_kwargs"))
+    return weights, task, length, kwargs
 
 
 def _from_start(run_dir: Path, source: str) -> str:

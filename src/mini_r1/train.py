@@ -115,7 +115,12 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     tokenizer = load_tokenizer(start.weights, recipe.get("model_revision"))
     template = PROMPT_TEMPLATES[recipe.task.prompt_template]
     dataset, too_long = prompt_dataset(
-        split.train, template, tokenizer, recipe.task.max_prompt_length, columns=split.columns
+        split.train,
+        template,
+        tokenizer,
+        recipe.task.max_prompt_length,
+        recipe.get("chat_template_kwargs"),
+        columns=split.columns,
     )
 
     # The trainer, and the vLLM server it may want.
@@ -359,6 +364,7 @@ def _evaluate(
             puzzles,
             task,
             max_completion_length=max_completion_length,
+            chat_template_kwargs=recipe.get("chat_template_kwargs"),
             process=accelerator.process_index,
             num_processes=accelerator.num_processes,
             on_batch=on_batch,

@@ -20,6 +20,7 @@ from mini_r1.launch.plan import Machine
 from mini_r1.model import model_path
 from mini_r1.recipe import load_recipe
 from mini_r1.run import LOGS_FOLDER, MERGED_FOLDER, RECIPE_FILE
+from tests.tiny_models import build
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = RECIPES / "tiny-cpu.yaml"
@@ -431,3 +432,38 @@ def test_checkpoints_must_fit_on_the_disk(tmp_path):
     *_, problem = told(tmp_path, *output, "--save_total_limit", "1")
     assert "2 checkpoints of " in problem
     assert "free in" not in " ".join(told("tiny_base", *output))
+
+
+# ---- The prompt -----------------------------------------------------------------------------
+
+
+def of_model(folder, **changes):
+    build(folder, "qwen3", **changes)
+    return load_recipe(
+        TINY, ["--model_name_or_path", str(folder), "--output_dir", str(folder / "run")]
+    )
+
+
+def test_a_prompt_is_tried_without_the_weights(tmp_path):
+    assert not list(doctor.problems(of_model(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"chat_template": None}, "prompt_template: this model has no chat template"),
+        ({"chat_template": "{{ nothing.at_all }}"}, "prompt_template: the model's chat template"),
+        ({"adds": "$A <|im_end|>"}, "model_name_or_path: its tokenizer ends every text with"),
+        ({"eos": None}, "model_name_or_path: the tokenizer of"),
+    ],
+)
+def test_a_model_that_cannot_be_asked_is_refused(tmp_path, changes, problem):
+    (found,) = doctor.problems(of_model(tmp_path, **changes))
+    assert str(found).startswith(problem)
+    assert "\n" not in str(found)
+
+
+def test_a_model_that_is_not_here_yet_is_asked_when_it_is(monkeypatch):
+    monkeypatch.setattr(doctor, "_model", lambda recipe: iter(()))  # the hub has it
+    recipe = load_recipe(TINY, ["--model_name_or_path", "nobody/nothing"])
+    assert not list(doctor.problems(recipe))

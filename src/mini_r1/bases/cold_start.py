@@ -388,10 +388,10 @@ def _dataset(settings: ColdStart, tokenizer: Qwen2Tokenizer) -> tuple[Dataset, s
     A label is -100 where nothing is learned.
     """
     # every trace as text, which is what the hash is of
-    template = PROMPT_TEMPLATES[settings.task.prompt_template]
+    render = PROMPT_TEMPLATES[settings.task.prompt_template].renderer(tokenizer)
     examples = list(traces(settings))
     puzzles = [example.puzzle for example in examples]
-    prompts = [template.render(puzzle.nums, puzzle.target, tokenizer) for puzzle in puzzles]
+    prompts = [render(puzzle.nums, puzzle.target) for puzzle in puzzles]
     completions = [example.completion + tokenizer.eos_token for example in examples]
 
     # as tokens: learned is the completion, without the token after a patient one's failed try

@@ -5,7 +5,7 @@
     mini-r1 doctor RECIPE --gpus 4 --gpu-memory 80    # or elsewhere; only the GPUs are known
 
 `mini-r1 train` asks the same questions before it starts anything: `first_problem`. Imports no ML
-library.
+library but the tokenizers of transformers, at the end, for the last question.
 """
 
 import configparser
@@ -30,7 +30,14 @@ from mini_r1 import InputError, hub, one_line
 from mini_r1.data import check_head
 from mini_r1.launch.memory import disk_bytes, model_shape
 from mini_r1.launch.plan import Machine, make_plan
-from mini_r1.model import EMBEDDED_BASES, adapter_base, is_local, model_folder, whole_model
+from mini_r1.model import (
+    EMBEDDED_BASES,
+    adapter_base,
+    is_local,
+    load_tokenizer,
+    model_folder,
+    whole_model,
+)
 from mini_r1.model_files import (
     CONFIG_FILE,
     QUANTIZED_BY,
@@ -40,6 +47,7 @@ from mini_r1.model_files import (
     read_json,
 )
 from mini_r1.model_files import problems as file_problems
+from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import Recipe, all_keys, load_recipe
 from mini_r1.run import (
     checkpoints,
@@ -128,11 +136,14 @@ def problems(recipe: Recipe, launcher: str | None = None) -> Iterator[InputError
     """
     yield from _missing_packages(recipe, launcher)
     yield from folder_problems(recipe)
-    yield from _model(recipe)
+    unusable = list(_model(recipe))
+    yield from unusable
     yield from _data(recipe)
     yield from _trackers(recipe)
     yield from _uploads(recipe)
     yield from _disk(recipe, launcher)
+    if not unusable:
+        yield from _prompt(recipe)
 
 
 def _missing_packages(recipe: Recipe, launcher: str | None) -> Iterator[InputError]:
@@ -261,7 +272,7 @@ def check_model(name: str, recipe_path: str | None = None) -> None:
     Raises:
         InputError: the first of its problems.
     """
-    weights, task, max_completion_length = weights_and_task(name, recipe_path)
+    weights, task, max_completion_length, _ = weights_and_task(name, recipe_path)
     lengths = (task.max_prompt_length, max_completion_length)
     for problem in model_problems(weights, lengths=lengths):
         raise InputError(problem.problem, where="RUN_OR_MODEL")
@@ -392,6 +403,22 @@ def _disk(recipe: Recipe, launcher: str | None) -> Iterator[InputError]:
             f"{ancestor}; {fewer}choose another --output_dir",
             key="output_dir",
         )
+
+
+def _prompt(recipe: Recipe) -> Iterator[InputError]:
+    """Whether the model can be asked as the recipe says, if its tokenizer is on this machine.
+
+    Comes last, since importing the tokenizers takes seconds; the weights are not touched.
+    """
+    weights, revision = weights_of(recipe.model["model_name_or_path"]), recipe.get("model_revision")
+    if model_folder(whole_model(weights, revision), revision) is None:
+        return  # the run asks once it has fetched it
+    try:
+        template = PROMPT_TEMPLATES[recipe.task.prompt_template]
+        tokenizer = load_tokenizer(weights, revision)
+        template.renderer(tokenizer, recipe.get("chat_template_kwargs"))
+    except InputError as error:
+        yield error
 
 
 def _data(recipe: Recipe) -> Iterator[InputError]:

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -172,17 +173,130 @@ def test_a_launch_that_leaves_no_gpu_for_the_server_is_refused(monkeypatch):
         check_processes(load_recipe(ORIGINAL), 4)
 
 
-def test_visible_gpus(monkeypatch, tmp_path):
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\nprintf '0, 81559\\n1, 81559\\n2, 24564\\n'\n")
-    fake.chmod(0o755)
+# ---- The machine ----------------------------------------------------------------------------
+
+CARDS = "0, 81559\n1, 81559\n2, 24564"
+UUIDS = (
+    "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aa11)\n"
+    "GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-aa22)\n"
+    "GPU 2: NVIDIA GeForce RTX 4090 (UUID: GPU-bb33)"
+)
+SLICED = "0, 81559, Enabled\n1, 81559, Disabled"
+SLICES = (
+    "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aa11)\n"
+    "  MIG 1g.10gb     Device  0: (UUID: MIG-c6d4)\n"
+    "  MIG 1c.3g.40gb  Device  1: (UUID: MIG-e7f5)\n"
+    "GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-aa22)"
+)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine whose nvidia-smi prints this, and what CUDA_VISIBLE_DEVICES leaves of it."""
+
+    def visible(chosen, cards=CARDS, listed=UUIDS):
+        fake = tmp_path / "nvidia-smi"
+        fake.write_text(f"#!/bin/sh\ncat '{tmp_path}'/\"$1\" | grep .\n")
+        fake.chmod(0o755)
+        (tmp_path / "-L").write_text(listed)
+        query = "--query-gpu=index,memory.total,mig.mode.current"
+        (tmp_path / query).write_text(cards)
+        if chosen is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        return plan.visible_gpus(), plan.this_machine()
+
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert plan.this_machine() == Machine(3, pytest.approx(24, abs=0.1))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert plan.this_machine() == Machine(2, pytest.approx(80, abs=0.5))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert plan.this_machine().gpus == 0
+    return visible
+
+
+@pytest.mark.parametrize(
+    ("chosen", "names"),
+    [
+        (None, "0 1 2"),
+        ("0,1", "0 1"),
+        ("2,1", "2 1"),
+        ("0,2,-1,1", "0 2"),  # CUDA's documentation has this one
+        ("", ""),
+        ("-1", ""),
+        ("7", ""),
+        ("1,7,0", "1"),
+        ("0,0", ""),
+        ("all", ""),
+        ("0,all,1", "0"),
+        ("none", ""),
+        ("void", ""),
+        (" 0 , 1 ", "0 1"),
+        ("0,1,", "0 1"),
+        (",0", ""),
+        ("0,,1", "0"),
+        ("0;1", "0"),
+        ("01,+2", "1 2"),
+        ("GPU-aa22", "GPU-aa22"),
+        ("GPU-b", "GPU-bb33"),
+        ("GPU-bb33,GPU-aa1", "GPU-bb33 GPU-aa11"),
+        ("GPU-aa", ""),  # of two cards
+        ("GPU-aa11,GPU-cc,GPU-bb", "GPU-aa11"),
+        ("GPU-aa11,GPU-aa11", ""),
+        ("GPU-aa11,1", "GPU-aa11"),
+        ("1,GPU-aa11", "1"),
+    ],
+)
+def test_the_visible_gpus_are_those_that_cuda_counts(chosen, names, machine, monkeypatch):
+    found, _ = machine(chosen)
+    assert found == names.split()
+    if chosen is not None:  # what the training will count, with NVML answering for these three
+        import torch
+
+        monkeypatch.setattr(torch.cuda, "_raw_device_count_nvml", lambda: 3)
+        uuids = ["GPU-aa11", "GPU-aa22", "GPU-bb33"]
+        monkeypatch.setattr(torch.cuda, "_raw_device_uuid_nvml", lambda: uuids)
+        assert torch.cuda._device_count_nvml() == len(found)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "gpus", "memory"), [(None, 3, 24), ("0,1", 2, 80), ("GPU-bb", 1, 24), ("7", 0, 0)]
+)
+def test_the_memory_is_that_of_the_smallest_visible_card(chosen, gpus, memory, machine):
+    assert machine(chosen)[1] == Machine(gpus, pytest.approx(memory, abs=0.5))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "names", "memory"),
+    [
+        ("MIG-e7f5", "MIG-e7f5", 40),
+        ("MIG-c6", "MIG-c6d4", 10),
+        ("MIG-c6d4,MIG-e7f5", "MIG-c6d4", 10),
+        ("MIG-0000", "", 0),
+        ("0", "MIG-c6d4", 10),
+        ("1", "1", 80),
+        (None, "MIG-c6d4", 10),
+        ("GPU-aa11", "MIG-c6d4", 10),
+    ],
+)
+def test_a_slice_of_a_card_is_all_that_cuda_counts(chosen, names, memory, machine):
+    found, size = machine(chosen, SLICED, SLICES)
+    assert found == names.split()
+    assert size == Machine(len(found), pytest.approx(memory, abs=0.5))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "cards"), [("MIG-c6d4", "0, 81559, Enabled"), (None, "0, [N/A]")]
+)
+def test_a_memory_that_is_not_known_stops_no_plan(chosen, cards, machine):
+    _, found = machine(chosen, cards, "GPU 0: NVIDIA GB10 (UUID: GPU-aa11)")
+    assert found == Machine(1, 0.0)
+    text = str(make_plan(load_recipe(RECIPES / "grpo-qwen-2.5-3b-1gpu.yaml"), found))
+    assert "1 GPU of a size not known" in text
+    assert re.search(r"about \d+\.\d GiB per training process", text)
+
+
+def test_without_nvidia_smi_there_is_no_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for chosen in ("0", "GPU-aa11", "MIG-c6d4"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        assert plan.visible_gpus() == []
 
 
 def test_planning_imports_no_ml_library():

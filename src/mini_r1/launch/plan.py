@@ -11,6 +11,7 @@ library: a mistake is told in well under a second.
 
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -41,7 +42,7 @@ class Machine:
 
     Attributes:
         gpus: how many.
-        gpu_memory: of the smallest one, in GiB, which is what cards call GB.
+        gpu_memory: of the smallest one, in GiB, which is what cards call GB; 0 if it is not known.
     """
 
     gpus: int
@@ -50,34 +51,93 @@ class Machine:
     def __str__(self) -> str:
         if not self.gpus:
             return "no GPU"
-        return f"{self.gpus} GPU{'s' if self.gpus > 1 else ''} of {self.gpu_memory:.0f} GiB"
+        memory = f"of {self.gpu_memory:.0f} GiB" if self.gpu_memory else "of a size not known"
+        return f"{self.gpus} GPU{'s' if self.gpus > 1 else ''} {memory}"
 
 
 def this_machine() -> Machine:
     """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves to us, as nvidia-smi lists them."""
-    gpus, memory = visible_gpus(), _installed_gpus()
-    largest = max(memory.values(), default=0.0)  # for a name that nvidia-smi does not list
-    return Machine(len(gpus), min((memory.get(gpu, largest) for gpu in gpus), default=0.0))
+    visible = _visible()
+    return Machine(len(visible), min((device.memory for device in visible), default=0.0))
 
 
 def visible_gpus() -> list[str]:
     """The names, as CUDA_VISIBLE_DEVICES takes them, of the GPUs this process may use."""
-    installed = list(_installed_gpus())
+    return [device.name for device in _visible()]
+
+
+@dataclass(frozen=True)
+class _Device:
+    """A card or a MIG slice: its name as CUDA_VISIBLE_DEVICES takes it, its GiB, 0 if not known."""
+
+    name: str
+    memory: float
+
+
+def _visible() -> list[_Device]:
+    """The devices that CUDA will count.
+
+    It reads CUDA_VISIBLE_DEVICES up to the first entry that names no device or is of another kind
+    than the first one. A device named twice leaves none: so has it torch, which was tried against
+    the driver and counts for the training (`torch.cuda._parse_visible_devices`). One MIG slice
+    hides every other device (NVIDIA's MIG User Guide, CUDA Device Enumeration).
+    """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None or not installed:
-        return installed
-    return [name for name in chosen.split(",") if name not in ("", "-1")]
+    kind = next((kind for kind in ("GPU-", "MIG-") if (chosen or "").startswith(kind)), "")
+    named = _devices(kind)
+    if kind == "MIG-" and not named and _devices(""):
+        return [_Device(str(chosen).partition(",")[0], 0.0)]
+    taken: list[str] = []
+    for entry in named if chosen is None else chosen.split(","):
+        if kind:  # a UUID may be cut short
+            found = [name for name in named if name.startswith(entry) and entry.startswith(kind)]
+        else:  # as strtoul reads it
+            index = re.match(r"\s*([+-]?[0-9]+)", entry)
+            found = [name for name in named if index and int(name) == int(index[1])]
+        if len(found) != 1:
+            break
+        if found[0] in taken:
+            return []
+        taken += found
+    devices = [device for name in taken for device in named[name]]
+    return [device for device in devices if device.name.startswith("MIG-")][:1] or devices
 
 
-def _installed_gpus() -> dict[str, float]:
-    """Index -> memory in GiB."""
-    query = ["nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits"]
+def _devices(kind: str) -> dict[str, list[_Device]]:
+    """What nvidia-smi lists: each name of a kind, and the devices that CUDA finds under it.
+
+    Args:
+        kind: how the names begin: `GPU-` and `MIG-` are UUIDs, nothing is the index of a card.
+    """
+    query = "--query-gpu=index,memory.total,mig.mode.current"
+    sizes: dict[str, float] = {}
+    sliced = set()
+    for line in _nvidia_smi(query, "--format=csv,noheader,nounits"):
+        if card := re.match(r"(\d+), (\d+)?", line):  # of shared memory it says [N/A]
+            sizes[card[1]] = float(card[2] or 0) / 1024
+            sliced |= {card[1]} if line.endswith(", Enabled") else set()
+    # The UUIDs, and the slices with their GB as their profile says: 3g.20gb.
+    uuids: dict[str, str] = {}
+    slices: dict[str, list[_Device]] = {index: [] for index in sliced}
+    for line in _nvidia_smi("-L") if kind or sliced else []:
+        if card := re.match(r"GPU (\d+): .*\(UUID: (\S+)\)", line):
+            uuids[card[1]] = card[2]
+        elif part := re.match(r"\s+MIG \S*?(\d+)gb.*\(UUID: (\S+)\)", line):
+            slices.setdefault([*uuids][-1], []).append(_Device(part[2], float(part[1])))
+    if kind == "MIG-":
+        return {part.name: [part] for parts in slices.values() for part in parts}
+    names = {index: uuids.get(index, "") if kind else index for index in sizes}
+    return {name: slices.get(index, [_Device(name, sizes[index])]) for index, name in names.items()}
+
+
+def _nvidia_smi(*arguments: str) -> list[str]:
+    """The lines that it prints; none where there is none."""
+    command = ["nvidia-smi", *arguments]
     try:
-        done = subprocess.run(query, check=True, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
-        return {}
-    rows = [line.split(",") for line in done.stdout.splitlines() if line.strip()]
-    return {index.strip(): float(mib) / 1024 for index, mib in rows}
+        return []
+    return [line for line in done.stdout.splitlines() if line.strip()]
 
 
 # ---- The plan -------------------------------------------------------------------------------
@@ -168,7 +228,7 @@ class Plan:
         if self.memory is None:
             return "not estimated: the shape of this model is not known without loading it"
         parts = ", ".join(f"{name} {gib:.1f}" for name, gib in self.memory.items() if gib >= 0.05)
-        of = f" of {self.machine.gpu_memory:.0f}" if self.machine.gpus else ""
+        of = f" of {self.machine.gpu_memory:.0f}" if self.machine.gpu_memory else ""
         needed = peak(self.memory, self.recipe)
         return f"about {needed:.1f}{of} GiB per training process, an estimate: {parts}"
 
@@ -198,7 +258,8 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     processes = 1 if on_cpu else machine.gpus - managed
     check_batch(recipe, processes)
     memory = estimate_memory(recipe, processes, machine.gpu_memory)
-    if memory is not None and not on_cpu and peak(memory, recipe) > machine.gpu_memory:
+    known = memory is not None and not on_cpu and machine.gpu_memory > 0
+    if known and peak(memory, recipe) > machine.gpu_memory:
         raise recipe.error(
             f"{recipe.model['model_name_or_path']} needs about {peak(memory, recipe):.0f} GiB on "
             f"each GPU and this machine has {machine.gpu_memory:.0f}; "

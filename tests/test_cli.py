@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mini_r1.cli import main
+from mini_r1 import InputError
+from mini_r1.cli import exit_code, main
 from mini_r1.countdown.expression import is_solution
+from mini_r1.launch.plan import LAUNCH_VARIABLES
 
 ORIGINAL = Path(__file__).parents[1] / "recipes" / "grpo-qwen-2.5-3b-deepseek-r1-countdown.yaml"
 
@@ -120,3 +122,25 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2
+
+
+# ---- Exit codes -----------------------------------------------------------------------------
+
+
+def fail():
+    raise InputError("no")
+
+
+def test_only_a_launcher_silences_the_other_processes(monkeypatch, capsys):
+    for variable in LAUNCH_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("RANK", "1")  # as containers export it
+    assert exit_code(fail) == 2
+    assert capsys.readouterr().err == "error: no\n"
+    for variable in LAUNCH_VARIABLES:
+        monkeypatch.setenv(variable, "1")
+    assert exit_code(fail) == 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    assert exit_code(fail) == 2
+    assert capsys.readouterr().err == "error: no\n"

@@ -42,10 +42,12 @@ def exit_code(command: Callable[[], None]) -> int:
 
     An InputError becomes one line on stderr and 2, a RunFailed its own words and 1.
     """
+    from mini_r1.launch.plan import is_main_process
+
     try:
         command()
     except (InputError, RunFailed) as error:
-        if os.environ.get("RANK", "0") == "0":  # the other processes of a launch have met the same
+        if is_main_process():  # the other processes of a launch have met the same
             print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     return 0
@@ -58,12 +60,17 @@ def train_here(recipe: "Recipe") -> None:
     """
     from mini_r1 import quirks
     from mini_r1.launch.doctor import first_problem
-    from mini_r1.launch.plan import check_processes, owns_server
+    from mini_r1.launch.plan import (
+        check_processes,
+        is_main_process,
+        num_processes,
+        owns_server,
+    )
     from mini_r1.launch.vllm_server import take_last_gpu
     from mini_r1.run import TRACKER_FOLDERS, withdraw_stop
 
-    check_processes(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-    if os.environ.get("RANK", "0") == "0":
+    check_processes(recipe, num_processes())
+    if is_main_process():
         first_problem(recipe)
         withdraw_stop(recipe.run_dir)  # of an earlier attempt; from here on one is meant for this
     for variable, folder in TRACKER_FOLDERS.items():  # Trackio reads its own when it is imported

@@ -49,7 +49,7 @@ from mini_r1.callbacks import (
 from mini_r1.countdown.puzzles import Puzzle
 from mini_r1.data import load_split, prompt_dataset
 from mini_r1.evaluate import heldout_puzzles, progress_bar, sample_batches, summarize
-from mini_r1.launch.plan import SERVER_HOST, owns_server
+from mini_r1.launch.plan import SERVER_HOST, is_main_process, owns_server
 from mini_r1.launch.vllm_server import VLLMServer
 from mini_r1.live import LiveView
 from mini_r1.manifest import DataRecord, build_manifest
@@ -229,7 +229,7 @@ def _arguments(recipe: Recipe) -> tuple[ModelConfig, GRPOConfig, int | None]:
         model_args = ModelConfig(**recipe.model)
         wanted = model_args.attn_implementation
         if wanted == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-            if os.environ.get("RANK", "0") == "0":
+            if is_main_process():
                 print("attn_implementation: flash-attn is not installed, using sdpa")
             model_args.attn_implementation = "sdpa"
         # The original recipe's dtype, attention and revision never reached its model.

@@ -7,7 +7,13 @@ import pytest
 
 from mini_r1 import InputError
 from mini_r1.launch import plan
-from mini_r1.launch.plan import Machine, check_processes, make_plan
+from mini_r1.launch.plan import (
+    LAUNCH_VARIABLES,
+    Machine,
+    check_processes,
+    leftover_variables,
+    make_plan,
+)
 from mini_r1.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -297,6 +303,45 @@ def test_without_nvidia_smi_there_is_no_gpu(monkeypatch, tmp_path):
     for chosen in ("0", "GPU-aa11", "MIG-c6d4"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
         assert plan.visible_gpus() == []
+
+
+# ---- The launch -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, None),
+        ({"RANK": "1"}, None),  # as containers export it
+        ({"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "localhost"}, None),
+        ({"PMI_SIZE": "1", "PMI_RANK": "0", "LOCAL_RANK": "-1"}, None),  # a step of SLURM
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE: '2' is left from another launch, .*'unset WORLD_SIZE'"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: '' is"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK: '0' is"),
+        ({"PMI_SIZE": "4"}, "PMI_SIZE: '4' is"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "'unset OMPI_COMM_WORLD_SIZE'"),
+        ({"MV2_COMM_WORLD_SIZE": "2"}, "'unset MV2_COMM_WORLD_SIZE'"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "'unset LOCAL_RANK WORLD_SIZE'"),
+    ],
+)
+def test_what_another_launch_left_is_named(given, told, monkeypatch):
+    for variable in (*LAUNCH_VARIABLES, *plan.TAKEN_FOR_A_LAUNCH):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in given.items():
+        monkeypatch.setenv(variable, value)
+    found = [str(error) for error in leftover_variables()]
+    assert len(found) == (told is not None)
+    assert all(re.search(told, error) for error in found)
+    assert (plan.is_main_process(), plan.num_processes()) == (True, 1)
+
+
+def test_a_launch_is_known_by_all_that_it_sets(monkeypatch):
+    values = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}
+    for variable, value in {**values, "MASTER_ADDR": "node1"}.items():
+        monkeypatch.setenv(variable, value)
+    assert list(leftover_variables()) == []
+    assert (plan.is_main_process(), plan.num_processes()) == (False, 2)
 
 
 def test_planning_imports_no_ml_library():

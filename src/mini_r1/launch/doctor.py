@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from mini_r1 import InputError, one_line
-from mini_r1.launch.plan import Machine, make_plan
+from mini_r1.launch.plan import Machine, leftover_variables, make_plan
 from mini_r1.model import EMBEDDED_BASES, is_local, model_path
 from mini_r1.recipe import Recipe, load_recipe
 from mini_r1.run import folder_problems
@@ -83,6 +83,7 @@ def problems(recipe: Recipe, launcher: str | None = None) -> Iterator[InputError
     Args:
         launcher: the accelerate config that will start it, if any.
     """
+    yield from leftover_variables() if launcher is None else ()
     yield from _missing_packages(recipe, launcher)
     yield from folder_problems(recipe)
     yield from _model(recipe)

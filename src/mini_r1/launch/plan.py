@@ -15,7 +15,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -468,6 +468,50 @@ def _what_would_fit(recipe: Recipe, machine: Machine, processes: int) -> str:
 
 
 # ---- The launch -----------------------------------------------------------------------------
+
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What accelerate's PartialState takes for a launch, each by itself: the largest harmless value.
+TAKEN_FOR_A_LAUNCH = {
+    "LOCAL_RANK": -1,
+    "WORLD_SIZE": 1,
+    "PMI_SIZE": 1,
+    "OMPI_COMM_WORLD_SIZE": 1,
+    "MV2_COMM_WORLD_SIZE": 1,
+}
+
+
+def launched() -> bool:
+    """Whether accelerate or torchrun started this process: they set all these variables."""
+    return all(variable in os.environ for variable in LAUNCH_VARIABLES)
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for its launch, or is alone."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
+def num_processes() -> int:
+    """How many processes the launch has started; 1 without a launch."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def leftover_variables() -> Iterator[InputError]:
+    """What another launch has left in the environment and would be taken for one of this run."""
+    if launched():
+        return
+    given = {name: os.environ[name] for name in TAKEN_FOR_A_LAUNCH if name in os.environ}
+    harmful = [
+        name
+        for name, value in given.items()
+        if not re.fullmatch(r"-?\d+", value) or int(value) > TAKEN_FOR_A_LAUNCH[name]
+    ]
+    if harmful:
+        names = " ".join(harmful)
+        yield InputError(
+            f"'{given[harmful[0]]}' is left from another launch, and no launcher has started this "
+            f"process; run 'unset {names}'",
+            where=harmful[0],
+        )
 
 
 def launch(plan: Plan) -> None:

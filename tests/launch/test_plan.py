@@ -1,6 +1,8 @@
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,8 @@ def test_the_original_run():
     assert "192 completions per optimizer step, 24 prompts x 8" in text
     server = "CUDA_VISIBLE_DEVICES=3 python -m vllm.entrypoints.openai.api_server"
     assert f"{server} --model Qwen/Qwen2.5-3B-Instruct" in text
-    assert "66% at 5%, 10% at 25%, 1% at 50%" in text
+    same = "groups whose 8 completions all fail or all succeed teach nothing"
+    assert f"{same}: 66% at 5%, 10% at 25%, 1% at 50%" in text
 
 
 def test_the_batch_of_the_published_run_on_eight_gpus():
@@ -342,6 +345,97 @@ def test_a_launch_is_known_by_all_that_it_sets(monkeypatch):
         monkeypatch.setenv(variable, value)
     assert list(leftover_variables()) == []
     assert (plan.is_main_process(), plan.num_processes()) == (False, 2)
+
+
+# ---- Steps, evaluations, checkpoints --------------------------------------------------------
+
+
+def line(text, name):
+    (found,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+    return found.removeprefix(name).strip()
+
+
+OF_A_FILE = ["--dataset_id_or_path", "x.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        # 140 steps of 4 micro-batches each; 8 of them are sampled at a time, for 16 puzzles.
+        ([], "140 (0.08 epochs): 1,120 of about 14,400 training puzzles are seen, once each"),
+        (
+            ["--max_steps", "3000"],
+            "3,000 (1.7 epochs): each of about 14,400 training puzzles is seen 1.7 times",
+        ),
+        (["--max_steps", "-1", "--num_train_epochs", "0.5"], "about 900 (0.50 epochs): 7,200 of"),
+        (["--max_steps", "-1", *OF_A_FILE], "not known before the data are read: 3 epochs"),
+        (OF_A_FILE, "140, which see 1,120 puzzles; how often each one is not known before the"),
+    ],
+)
+def test_the_plan_says_how_long_it_trains(overrides, told):
+    assert line(str(planned(TINY, 0, 0, *overrides)), "steps").startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], "5 (before, every 35 steps, after), each of 1,000 held-out puzzles x 2"),
+        (["--eval_steps", "70"], "3 (before, every 70 steps, after), "),
+        (["--eval_strategy", "no"], "2 (before and after), "),
+    ],
+)
+def test_the_plan_says_how_often_it_evaluates(overrides, told):
+    assert line(str(planned(TINY, 0, 0, *overrides)), "evaluations").startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "overrides", "told"),
+    [
+        (TINY, 0, [], "7, every 20 steps, the last 2 kept: about 9.2 MB each (weights 3.1 MB"),
+        (TINY, 0, ["--save_steps", "0.5"], "2, every 70 steps, the last 2 kept: about 9.2 MB each"),
+        (
+            TINY,
+            0,
+            ["--save_only_model", "true"],
+            "7, every 20 steps, the last 2 kept: about 3.1 MB",
+        ),
+        (TINY, 0, ["--save_strategy", "no"], "only at a pause, "),
+        (TINY, 0, ["--save_strategy", "epoch"], "one per epoch, the last 2 kept: about 9.2 MB"),
+        (
+            ORIGINAL,
+            4,
+            [],
+            "18, every 25 steps, the last 2 kept: about 43 GB each (weights 6.2 GB, optimizer 37 "
+            "GB), at most 136 GB with the trained model",
+        ),
+        (
+            RECIPES / "grpo-qwen-2.5-3b-qlora.yaml",
+            1,
+            [],
+            "4, every 25 steps, the last 2 kept: about 359 MB each (weights 120 MB",
+        ),
+        (
+            TINY,
+            0,
+            ["--model_name_or_path", "some/model"],
+            "7, every 20 steps, the last 2 kept; their size is not known without loading the model",
+        ),
+    ],
+)
+def test_the_plan_says_how_large_the_checkpoints_get(recipe, gpus, overrides, told):
+    found = line(str(planned(recipe, gpus, 80, *overrides)), "checkpoints")
+    assert found.startswith(told)
+    assert "free" not in found  # the disk of another machine is not known
+
+
+@pytest.mark.parametrize(("free", "told"), [(32e6, "; 32 MB of disk"), (30e6, "; only 30 MB of")])
+def test_this_machines_disk_must_hold_them(free, told, monkeypatch, tmp_path):
+    usage, asked = shutil.disk_usage("/")._replace(free=free), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage)
+    recipe = load_recipe(TINY, ["--output_dir", str(tmp_path / "runs" / "new")])
+    text = str(make_plan(recipe, replace(plan.this_machine(), gpus=0)))
+    assert told in line(text, "checkpoints")
+    assert asked == [tmp_path]
 
 
 def test_planning_imports_no_ml_library():

@@ -1,4 +1,4 @@
-"""What a training GPU must hold, in GiB by purpose: estimates, good to a few GiB.
+"""What a training GPU must hold, and a checkpoint, by purpose: estimates, good to a few GiB.
 
 Left out: whatever a model's config.json does not say. Imports no ML library.
 """
@@ -154,6 +154,21 @@ def estimate_memory(recipe: Recipe, processes: int, gpu_memory: float) -> dict[s
     if get("use_vllm") and get("vllm_mode") == "colocate":
         in_gib["vLLM"] = get("vllm_gpu_memory_utilization") * gpu_memory
     return {**in_gib, "overhead": OVERHEAD_GIB if gpu_memory else 0.0}
+
+
+def checkpoint_bytes(recipe: Recipe, processes: int) -> dict[str, float] | None:
+    """Bytes of a checkpoint by content; None if the model's shape is not known."""
+    shape = model_shape(recipe.model["model_name_or_path"])
+    if shape is None:
+        return None
+    if recipe.get("use_peft"):
+        saved, parts = state_bytes(_adapters(shape, recipe.get("lora_r")), 4), 1
+    else:
+        sharded_over = processes if processes > 1 else None
+        in_16_bit = has_16_bit_weights(recipe) or (computes_in_16_bit(recipe) and sharded_over)
+        saved, parts = state_bytes(shape.parameters, 2 if in_16_bit else 4, sharded_over), processes
+    optimizer = 0.0 if recipe.get("save_only_model") else saved["optimizer"] * parts
+    return {"weights": saved["weights"] * parts, "optimizer": optimizer}
 
 
 def peak(memory: Mapping[str, float], recipe: Recipe) -> float:

@@ -1,4 +1,4 @@
-"""Recipe + machine -> processes, devices, vLLM's place, the command, the batch, memory per GPU.
+"""Recipe + machine -> processes, devices, vLLM's place, the command, batch, steps, memory, disk.
 
     mini-r1 train RECIPE --dry-run                           # for this machine
     mini-r1 doctor RECIPE --gpus 4 --gpu-memory 80           # for another one
@@ -13,15 +13,16 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mini_r1 import InputError
-from mini_r1.launch.memory import estimate_memory, has_16_bit_weights, peak
+from mini_r1.launch.memory import checkpoint_bytes, estimate_memory, has_16_bit_weights, peak
 from mini_r1.model import model_path
 from mini_r1.recipe import Recipe
 
@@ -43,10 +44,12 @@ class Machine:
     Attributes:
         gpus: how many.
         gpu_memory: of the smallest one, in GiB, which is what cards call GB; 0 if it is not known.
+        is_here: whether it is this machine, whose disk can be looked at.
     """
 
     gpus: int
     gpu_memory: float = 0.0
+    is_here: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         if not self.gpus:
@@ -58,7 +61,8 @@ class Machine:
 def this_machine() -> Machine:
     """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves to us, as nvidia-smi lists them."""
     visible = _visible()
-    return Machine(len(visible), min((device.memory for device in visible), default=0.0))
+    memory = min((device.memory for device in visible), default=0.0)
+    return Machine(len(visible), memory, is_here=True)
 
 
 def visible_gpus() -> list[str]:
@@ -181,7 +185,10 @@ class Plan:
             "batch": describe_batch(self.recipe, self.processes)
             + f": {_processes(self.processes)} x {self.recipe.get('per_device_train_batch_size')} "
             f"per device x {self.recipe.get('gradient_accumulation_steps')} accumulated",
+            "steps": self._steps(),
             "no signal": self._no_signal(),
+            "evaluations": self._evaluations(),
+            "checkpoints": self._checkpoints(),
             "memory": self._memory(),
             "command": shlex.join(self.command),
         }
@@ -217,12 +224,74 @@ class Plan:
             return f"by the vLLM server at {server_address(self.recipe)}"
         return f"by a vLLM server on GPU {self.server_gpu}, which the run starts, watches and ends"
 
+    def _steps(self) -> str:
+        """How long it trains, and how often it sees a puzzle."""
+        steps, puzzles = optimizer_steps(self.recipe, self.processes), training_puzzles(self.recipe)
+        unknown = "not known before the data are read"
+        if steps is None:
+            return f"{unknown}: {self.recipe.get('num_train_epochs'):g} epochs"
+        sampled, window = generation_batch(self.recipe, self.processes)
+        seen = math.ceil(steps / window) * sampled // self.recipe.get("num_generations")
+        if puzzles is None:
+            return f"{steps:,}, which see {seen:,} puzzles; how often each one is {unknown}"
+        epochs = f"{seen / puzzles:.{1 if seen >= puzzles else 2}f}"
+        once = f"{seen:,} of about {puzzles:,} training puzzles are seen, once each"
+        often = f"each of about {puzzles:,} training puzzles is seen {epochs} times"
+        about = "" if self.recipe.get("max_steps") > 0 else "about "
+        return f"{about}{steps:,} ({epochs} epochs): {often if seen > puzzles else once}"
+
     def _no_signal(self) -> str:
         """The share of groups that teach nothing, if all puzzles were equally hard."""
         group = self.recipe.get("num_generations")
         lost = {p: p**group + (1 - p) ** group for p in (0.05, 0.25, 0.5, 0.75)}
         shares = ", ".join(f"{share:.0%} at {p:.0%}" for p, share in lost.items())
-        return f"groups whose {group} completions all fail or all succeed: {shares} success"
+        same = f"groups whose {group} completions all fail or all succeed teach nothing"
+        return f"{same}: {shares} success"
+
+    def _evaluations(self) -> str:
+        """How many there are, and on what."""
+        get, task = self.recipe.get, self.recipe.task
+        number, when, every = "2", "before and after", get("eval_steps")
+        if get("eval_strategy") == "steps" and every:
+            steps = optimizer_steps(self.recipe, self.processes)
+            number = f"{2 + (steps - 1) // every:g}" if steps else "some"
+            when = f"before, every {every:g} steps, after"
+        puzzles = f"{task.num_eval_puzzles:,} held-out puzzles x {task.num_eval_samples}"
+        return f"{number} ({when}), each of {puzzles}"
+
+    def _checkpoints(self) -> str:
+        """How many there are, and whether the disk holds them."""
+        get, steps = self.recipe.get, optimizer_steps(self.recipe, self.processes)
+        strategy, every, limit = get("save_strategy"), get("save_steps"), get("save_total_limit")
+        # When are they written, and how many lie there at most? The oldest goes after the newest.
+        written = steps
+        if strategy == "steps":
+            every = every if every >= 1 else math.ceil(every * (steps or 0))
+            written = math.ceil(steps / every) if steps else None
+            when = f"every {every:g} steps" if every else f"every {get('save_steps'):.0%} of steps"
+        elif strategy == "no":
+            written, when = 0, "only at a pause"
+        else:
+            when = f"one per {strategy}"
+        at_most = min((n for n in (written or None, limit and limit + 1) if n), default=None)
+        number = f"{written:,}, {when}" if written and strategy == "steps" else when
+        kept = f", the last {limit:,} kept" if limit else ""
+
+        # How large are they, and does the disk hold them?
+        size = checkpoint_bytes(self.recipe, self.processes)
+        if size is None:
+            return f"{number}{kept}; their size is not known without loading the model"
+        parts = ", ".join(f"{name} {_size(part)}" for name, part in size.items() if part)
+        each = f"{number}{kept}: about {_size(sum(size.values()))} each ({parts})"
+        if at_most is None:
+            return each
+        needed = at_most * sum(size.values()) + size["weights"]
+        each += f", at most {_size(needed)} with the trained model"
+        if not self.machine.is_here:
+            return each
+        folders = (self.recipe.run_dir, *self.recipe.run_dir.absolute().parents)
+        free = shutil.disk_usage(next(folder for folder in folders if folder.exists())).free
+        return f"{each}; {'only ' if needed > free else ''}{_size(free)} of disk are free here"
 
     def _memory(self) -> str:
         if self.memory is None:
@@ -278,6 +347,12 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
 
 def _processes(number: int) -> str:
     return f"{number} process{'es' if number > 1 else ''}"
+
+
+def _size(size: float) -> str:
+    """Bytes as disks are labelled: `37 MB`, `4.2 GB`."""
+    unit, scale = ("GB", 1e9) if size >= 1e9 else ("MB", 1e6)
+    return f"{size / scale:.{int(size < 10 * scale)}f} {unit}"
 
 
 def launcher_for(recipe: Recipe, processes: int) -> str | None:
@@ -371,6 +446,36 @@ def completions_per_step(recipe: Recipe, processes: int) -> int:
     return micro * recipe.get("gradient_accumulation_steps")
 
 
+def generation_batch(recipe: Recipe, processes: int) -> tuple[int, float]:
+    """How many completions are sampled at a time, and how many optimizer steps learn from them."""
+    get = recipe.get
+    micro = processes * get("per_device_train_batch_size")
+    micro_batches = get("steps_per_generation") or get("gradient_accumulation_steps")
+    sampled = get("generation_batch_size") or micro * micro_batches
+    return sampled, sampled // micro * get("num_iterations") / get("gradient_accumulation_steps")
+
+
+def training_puzzles(recipe: Recipe) -> int | None:
+    """About how many puzzles there are to train on; None before data that are not ours are read."""
+    task = recipe.task
+    if task.dataset_id_or_path != "generated":
+        return None
+    return int(task.num_puzzles * (1 - task.test_share))
+
+
+def optimizer_steps(recipe: Recipe, processes: int) -> int | None:
+    """How many steps a run takes; None if that depends on data that are not read yet."""
+    if recipe.get("max_steps") > 0:
+        return recipe.get("max_steps")
+    puzzles = training_puzzles(recipe)
+    if puzzles is None:
+        return None
+    # TRL drops an incomplete generation batch, transformers fills up an incomplete step.
+    sampled, window = generation_batch(recipe, processes)
+    per_epoch = math.ceil(puzzles // (sampled // recipe.get("num_generations")) * window)
+    return math.ceil(recipe.get("num_train_epochs") * per_epoch)
+
+
 def describe_batch(recipe: Recipe, processes: int) -> str:
     """The batch of an optimizer step in words."""
     completions = completions_per_step(recipe, processes)
@@ -399,8 +504,7 @@ def check_batch(recipe: Recipe, processes: int) -> None:
         raise recipe.error(
             "give either this or steps_per_generation, not both", "generation_batch_size"
         )
-    micro_batches = get("steps_per_generation") or get("gradient_accumulation_steps")
-    sampled = get("generation_batch_size") or micro * micro_batches
+    sampled, window = generation_batch(recipe, processes)
     if sampled % micro:
         raise recipe.error(
             f"{sampled} is no multiple of the {micro} completions of a micro-batch "
@@ -419,8 +523,8 @@ def check_batch(recipe: Recipe, processes: int) -> None:
 
     # There must be enough puzzles for it.
     share, wanted = 1 - recipe.task.test_share, sampled // group
-    prompts = int(recipe.task.num_puzzles * share)
-    if recipe.task.dataset_id_or_path == "generated" and prompts < wanted:
+    prompts = training_puzzles(recipe)
+    if prompts is not None and prompts < wanted:
         raise recipe.error(
             f"about {prompts} prompts to train on, but {wanted} are sampled at a time; "
             f"write at least {math.ceil(wanted / share * 1.2)}",
@@ -429,7 +533,6 @@ def check_batch(recipe: Recipe, processes: int) -> None:
 
     # A checkpoint holds no completions: one amid the steps that share a batch of them could not
     # be continued exactly.
-    window = sampled // micro * get("num_iterations") / get("gradient_accumulation_steps")
     save_steps, saves = get("save_steps"), get("save_strategy") != "no"
     if saves and window > 1 and isinstance(save_steps, int) and save_steps % window:
         fitting = next(steps for steps in range(save_steps, 10**9) if steps % window == 0)

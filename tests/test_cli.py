@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,34 @@ def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([*command.split(), "--help"])
     assert end.value.code == 0
-    assert "usage: mini-r1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "usage: mini-r1" in printed
+    assert "%%" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "commands"), [([], "train"), (["data"], "check"), (["base"], "build")]
+)
+def test_without_a_command_the_help_is_shown(arguments, commands, capsys):
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: {shlex.join(['mini-r1', *arguments])} [-h]")
+    assert commands in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["trian", "recipes/tiny-cpu.yaml"], "no command 'trian'; did you mean 'train'?"),
+        (["data", "chek", "x.jsonl"], "no command 'chek'; did you mean 'check'?"),
+        (["base", "x"], "no command 'x'; choose from build"),
+    ],
+)
+def test_an_unknown_command_is_told_with_the_nearest(arguments, error, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {error}\n"
 
 
 def test_solve(capsys):
@@ -102,6 +130,9 @@ def test_data_build_and_check(tmp_path, capsys):
             "--gpus: a run takes the GPUs it finds",
         ),
         (["doctor", "--gpus", "4"], "--gpus and --gpu-memory: give both"),
+        (["eval", "tiny_base", "--json", "."], "--json: . cannot be written: not a file"),
+        (["eval", "tiny_base", "--json", "/dev/null"], "/dev/null cannot be written: not a file"),
+        (["eval", "tiny_base", "--json", "/proc/x.json"], "--json: /proc/x.json cannot be written"),
         (["pause", "no-such-run"], "no-such-run: no run; want a folder such as runs/tiny-cpu"),
         (["eval", "no/such-model"], "cannot be loaded"),
     ],
@@ -116,12 +147,39 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["no-such-command"], ["solve", "1", "2", "--target", "3", "--no-such-flag"]]
+    "arguments",
+    [
+        ["no-such-command"],
+        ["solve", "1", "2", "--target", "3", "--no-such-flag"],
+        ["solve", "1", "2", "--targ", "3"],
+        ["doctor", "--gpus", "-1"],
+        ["doctor", "--gpus", "1", "--gpu-memory", "nan"],
+    ],
 )
 def test_bad_arguments_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2
+
+
+def test_eval_prints_words_and_json_on_request(tmp_path, capsys):
+    few = ["eval", "tiny_base", "--num-puzzles", "8", "--num-samples", "2"]
+    assert main([*few, "--json", str(tmp_path / "eval.json")]) == 0
+    words = capsys.readouterr().out
+    assert main([*few, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((tmp_path / "eval.json").read_text())
+    low, high = result["ci95"]
+    for part in (
+        f"held-out success  {result['success']:.1%} (95 % interval {low:.1%} to {high:.1%}; "
+        "8 puzzles x 2, temperature 1.0)",
+        f"{result['pass_at']['1']:.1%} at 1, {result['pass_at']['2']:.1%} at 2",
+        f"completion tokens {result['mean_completion_tokens']:.0f}, 0% truncated",
+        "held-out, split_seed 42, test_share 0.1",
+        f"{result['plus_minus_only_share']:.0%} need only + and -",
+        result["rule"],
+    ):
+        assert part in words
 
 
 # ---- Exit codes -----------------------------------------------------------------------------

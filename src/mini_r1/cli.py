@@ -4,13 +4,16 @@ Exit codes: 0 done, 1 failed, 2 bad input (one clear line, no traceback).
 """
 
 import argparse
+import difflib
+import errno
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +24,13 @@ if TYPE_CHECKING:
     from mini_r1.launch.plan import Machine
     from mini_r1.recipe import Recipe
 
+STDOUT = "-"  # what --json is without a file
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parser = _parser()
+    _refuse_unknown_command(parser, sys.argv[1:] if arguments is None else arguments)
     args, rest = parser.parse_known_args(arguments)
     if rest and args.command not in (train, slurm):
         parser.error(f"unknown arguments: {' '.join(rest)}")
@@ -127,7 +133,9 @@ def _machine(args: argparse.Namespace) -> "Machine":
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from mini_r1.evaluate import evaluate_model
+    file = _output_file(args.json, "--json") if args.json not in (None, STDOUT) else None
+    from mini_r1.evaluate import describe, evaluate_model
+    from mini_r1.run import write_json
 
     result = evaluate_model(
         args.model,
@@ -137,11 +145,22 @@ def evaluate(args: argparse.Namespace) -> None:
         temperature=args.temperature,
         seed=args.seed,
     )
-    if args.json:
-        from mini_r1.run import write_json
+    if file:
+        write_json(file, result)
+    print(json.dumps(result, indent=2) if args.json == STDOUT else describe(result))
 
-        write_json(Path(args.json), result)
-    print(json.dumps(result, indent=2))
+
+def _output_file(name: str, option: str) -> Path:
+    """The file to write, refused before the work is done if it cannot be written."""
+    file = Path(name)
+    folder = next(path for path in file.absolute().parents if path.exists())
+    try:
+        if file.exists() and not file.is_file():
+            raise OSError(errno.EINVAL, "not a file")
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{name} cannot be written: {error.strerror}", where=option) from None
+    return file
 
 
 def slurm(args: argparse.Namespace) -> None:
@@ -185,7 +204,7 @@ def report(args: argparse.Namespace) -> None:
     from mini_r1.run import REPORT_FILE
 
     runs = [Path(run) for run in args.runs]
-    output = Path(args.output) if args.output else runs[0] / REPORT_FILE
+    output = _output_file(args.output, "--output") if args.output else runs[0] / REPORT_FILE
     write_report(runs, output, Path(args.reference) if args.reference else None)
     print(f"the report is {output}")
 
@@ -263,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"mini-r1 {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = _commands(parser)
 
     command = _command(
         commands, "train", train, "run a recipe: evaluate, train with GRPO, evaluate again"
@@ -301,7 +320,13 @@ def _parser() -> argparse.ArgumentParser:
         "--temperature", type=float, help="sampling temperature (default: the recipe's)"
     )
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    command.add_argument("--json", metavar="FILE", help="write the result here, too")
+    command.add_argument(
+        "--json",
+        nargs="?",
+        const=STDOUT,
+        metavar="FILE",
+        help="all of the result: into this file, or without one on stdout instead of the words",
+    )
 
     command = _command(
         commands, "report", report, "one HTML page about a run, or about several side by side"
@@ -333,10 +358,10 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         help="with vllm_mode: server, the last of several serves (default: 1)",
     )
-    command.add_argument("--gpus-per-node", type=int, default=0, help="default: 0")
+    command.add_argument("--gpus-per-node", type=_not_negative, default=0, help="default: 0")
     command.add_argument(
         "--gpu-memory",
-        type=float,
+        type=_size,
         metavar="GB",
         default=80.0,
         help="of each GPU, for the check (default: 80)",
@@ -380,9 +405,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("nums", type=int, nargs="+", help="two to six numbers")
     command.add_argument("--target", type=int, required=True)
 
-    data = commands.add_parser("data", help="make or audit puzzles").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
+    data = _commands(_command(commands, "data", None, "make or audit puzzles"))
     command = _command(data, "build", data_build, "make solvable puzzles, without duplicates")
     command.add_argument("--num-puzzles", type=_positive, required=True)
     command.add_argument(
@@ -429,9 +452,7 @@ def _parser() -> argparse.ArgumentParser:
         help="runs at a time, each on its share of the cores (default: 1)",
     )
 
-    base = commands.add_parser("base", help="the embedded base models").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
+    base = _commands(_command(commands, "base", None, "the embedded base models"))
     command = _command(
         base, "build", base_build, "remake an embedded base from nothing (less than an hour)"
     )
@@ -446,24 +467,58 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _commands(parser: argparse.ArgumentParser):
+    """Give a parser commands; without one it prints its help."""
+    commands = parser.add_subparsers(metavar="COMMAND")
+    parser.set_defaults(command=lambda _: parser.print_help(), commands=commands.choices)
+    return commands
+
+
 def _command(commands, name, function, help):
-    parser = commands.add_parser(
-        name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False
-    )
-    parser.set_defaults(command=function)
+    description = help[0].upper() + help[1:].replace("%%", "%") + "."
+    parser = commands.add_parser(name, help=help, description=description, allow_abbrev=False)
+    parser.set_defaults(command=function, commands={})
     return parser
+
+
+def _refuse_unknown_command(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    for word in arguments:
+        commands = parser.get_default("commands")
+        if not commands or word.startswith("-"):
+            return
+        if word not in commands:
+            near = difflib.get_close_matches(word, commands, n=1)
+            advice = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(commands)}"
+            parser.exit(2, f"error: no command '{word}'; {advice}\n")
+        parser = commands[word]
 
 
 def _machine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--gpus", type=int, help="plan for a machine with so many GPUs (default: this one)"
+        "--gpus",
+        type=_not_negative,
+        help="plan for a machine with so many GPUs (default: this one)",
     )
     parser.add_argument(
         "--gpu-memory",
-        type=float,
+        type=_size,
         metavar="GB",
         help="of each of them, as the card says: 24, 80, ...",
     )
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("want at least 0")
+    return value
+
+
+def _size(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("want more than 0")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -139,7 +139,8 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     # What happens beside the loop, in the order in which it must be called.
     def evaluate(name: str) -> Evaluation:
         file = evaluation_file(run_dir, name)
-        return _evaluate(trainer, recipe, tokenizer, heldout, file)
+        with live.phase("evaluating"):
+            return _evaluate(trainer, recipe, tokenizer, heldout, file)
 
     clock, pause = TrainClock(), PauseOnRequest(run_dir)
     held_out = HeldOutEvaluation(eval_every, evaluate, partial(quirks.log_plainly, trainer))
@@ -150,7 +151,8 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
         trainer.add_callback(callback)
 
     # The loop, which is TRL's, and the end.
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with live:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if server:
         server.stop()
     summary = None

@@ -261,9 +261,12 @@ def test_on_a_terminal_a_panel_lives(tmp_path):
     assert shown.count("╭─ Mini-R1: run ") == 1
     for pattern in (
         r"│ step 6/6 ━+ 0\.0 minutes left",
+        r"│ ended, 0:0\d:\d\d elapsed",
         r"success \d+%",
+        r"training success [▁▂▃▄▅▆▇█]+ ",
         r"held-out success [\d.]+% at step 6",
         r"make \d+ from .*(solved|failed)",
+        "no signal: groups of equal rewards",
     ):
         assert re.search(pattern, shown), pattern
     assert shown.index("╰─") < shown.index("held-out success  ")

@@ -202,3 +202,26 @@ def test_only_a_launcher_silences_the_other_processes(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     assert exit_code(fail) == 2
     assert capsys.readouterr().err == "error: no\n"
+
+
+def test_ctrl_c_is_one_line_with_the_command_and_exit_code_130(tmp_path):
+    # What is run from a string, as dataclasses are made, is the hard case under `python -m`.
+    code = "import sys; from mini_r1.cli import exit_code\n" + (
+        "sys.exit(exit_code(lambda: exec('raise KeyboardInterrupt(' + repr(sys.argv[1]) + ')')))"
+    )
+    (tmp_path / "module.py").write_text(code)
+    (tmp_path / "command").write_text(f"#!{sys.executable}\n{code}\n")
+    (tmp_path / "command").chmod(0o755)
+    for command, typed in (
+        ([sys.executable, "-m", "module"], f"{sys.executable} -m module"),
+        ([sys.executable, "module.py"], f"{sys.executable} module.py"),
+        (["./command"], "./command"),
+    ):
+        for said, printed in (("", "interrupted"), ("paused after step 2", "paused after step 2")):
+            arguments = [said, "a b"]
+            done = subprocess.run(
+                [*command, *arguments], cwd=tmp_path, capture_output=True, text=True
+            )
+            assert done.returncode == 130
+            go_on = f"to go on: {typed} {shlex.join(arguments)}"
+            assert done.stderr == f"{printed}; {go_on}\n"

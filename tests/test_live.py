@@ -1,6 +1,10 @@
+import contextlib
 import logging
+import os
+import pty
 import re
 import sys
+import termios
 from types import SimpleNamespace
 
 import pytest
@@ -213,3 +217,27 @@ def test_what_the_libraries_log_stays_above_the_panel(view, terminal):
     logger.removeHandler(handler)
     assert "a line of its own" in terminal.export_text()
     assert handler.stream is raw
+
+
+def test_ctrl_c_writes_nothing_into_the_panel(view, monkeypatch):
+    """A real terminal: nothing is echoed or thrown away, and it is given back as it was."""
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    with open(theirs, "w") as file:
+        console = Console(file=file, force_terminal=True, width=80)
+        monkeypatch.setattr(rich, "get_console", lambda: console)
+        monkeypatch.setenv("TERM", "xterm")
+        with view:
+            view.on_train_begin(None, TrainerState(global_step=0, max_steps=4), None)
+            flags = termios.tcgetattr(theirs)[3]
+            assert not flags & termios.ECHOCTL
+            assert flags & termios.NOFLSH
+        assert termios.tcgetattr(theirs) == before
+    parts = []
+    with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
+        while part := os.read(ours, 65536):
+            parts.append(part)
+    written = b"".join(parts).decode()
+    assert written.rindex("\x1b[?25h") > written.rindex("╰─")  # whole, and the cursor is back
+    assert all(len(line) < 80 for line in re.sub(r"\x1b\[[0-9;?]*\w", "", written).splitlines())
+    os.close(ours)

@@ -1,6 +1,6 @@
 """`mini-r1 ...`: thin; every command imports what it needs only when it runs.
 
-Exit codes: 0 done, 1 failed, 2 bad input (one clear line, no traceback).
+Exit codes: 0 done, 1 failed, 2 bad input (one clear line, no traceback), 130 ended by Ctrl-C.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mini_r1 import InputError, RunFailed, __version__
+from mini_r1 import BAD_INPUT, FAILED, INTERRUPTED, InputError, RunFailed, __version__
 from mini_r1.model import EMBEDDED_BASES
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def entry_point() -> None:
 def exit_code(command: Callable[[], None]) -> int:
     """Run a command and return its exit code.
 
-    An InputError becomes one line on stderr and 2, a RunFailed its own words and 1.
+    An InputError becomes one line on stderr and 2, a RunFailed its own words and 1, Ctrl-C one
+    line and 130.
     """
     from mini_r1.launch.plan import is_main_process
 
@@ -55,8 +56,32 @@ def exit_code(command: Callable[[], None]) -> int:
     except (InputError, RunFailed) as error:
         if is_main_process():  # the other processes of a launch have met the same
             print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        return BAD_INPUT if isinstance(error, InputError) else FAILED
+    except KeyboardInterrupt as interrupt:
+        if is_main_process():
+            # The terminal has written ^C, and what was there before it may be half a line.
+            said = str(interrupt) or ("\n" if sys.stderr.isatty() else "") + "interrupted"
+            print(f"{said}; to go on: {_command_line()}", file=sys.stderr)
+        # CPython 3.11 remembers a Ctrl-C that came into code from a string, as dataclasses have it,
+        # and `python -m` would die of it in the end; any other such code makes it forget.
+        exec("")
+        return INTERRUPTED
     return 0
+
+
+def _command_line() -> str:
+    """What was typed to start this process, or the launcher that did."""
+    import psutil
+
+    from mini_r1.launch.plan import launched
+
+    parent = psutil.Process().parent() if launched() else None
+    words = parent.cmdline() if parent else sys.orig_argv
+    if len(words) > 1 and os.access(words[1], os.X_OK):  # a command: `python /the/path/of/it ...`
+        words = words[1:]
+        name = os.path.basename(words[0])
+        words[0] = name if shutil.which(name) == words[0] else words[0]
+    return shlex.join(words)
 
 
 def train_here(recipe: "Recipe") -> None:
@@ -115,7 +140,8 @@ def train(args: argparse.Namespace) -> None:
     if plan.launcher:
         first_problem(plan.recipe, plan.launcher)
         launch(plan)
-    train_here(plan.recipe)
+    else:
+        train_here(plan.recipe)
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -489,7 +515,7 @@ def _refuse_unknown_command(parser: argparse.ArgumentParser, arguments: Sequence
         if word not in commands:
             near = difflib.get_close_matches(word, commands, n=1)
             advice = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(commands)}"
-            parser.exit(2, f"error: no command '{word}'; {advice}\n")
+            parser.exit(BAD_INPUT, f"error: no command '{word}'; {advice}\n")
         parser = commands[word]
 
 

@@ -122,7 +122,7 @@ def progress_bar(
     console = rich.get_console()
     disable = not (shown and console.is_interactive)
     what = TextColumn(f"evaluating {name}")
-    columns = (what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (what, BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=disable) as progress:
         task = progress.add_task(name, total=completions)
         yield lambda new: progress.advance(task, new)

@@ -6,15 +6,16 @@ those that TensorBoard gets.
 
 import logging
 import sys
+import termios
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from statistics import fmean
 from typing import Any
 
 import rich
-from rich.console import Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -67,6 +68,7 @@ class LiveView(TrainerCallback):
         self._phase = "ended"
         if self._live is not None:
             self._live.stop()
+            self._restore_terminal()
         for handler, stream in self._redirected:
             handler.setStream(stream)
 
@@ -78,6 +80,7 @@ class LiveView(TrainerCallback):
         console = rich.get_console()
         if state.is_world_process_zero and console.is_interactive:
             streams = (sys.stdout, sys.stderr)
+            self._restore_terminal = _quiet_ctrl_c(console)
             self._live = Live(
                 get_renderable=lambda: self._panel(state),
                 console=console,
@@ -166,6 +169,8 @@ class LiveView(TrainerCallback):
             title_align="left",
             subtitle=LEGEND,
             subtitle_align="left",
+            # Behind a full line what a key echoes would begin another one.
+            width=rich.get_console().width - 1,
         )
 
     def _time_left(self, state: Any) -> str:
@@ -176,6 +181,27 @@ class LiveView(TrainerCallback):
         pace = (self._clock.train_seconds - seconds_before) / steps
         left = pace * (state.max_steps - state.global_step)
         return f"{left / 60:.1f} minutes left" if left < 6000 else f"{left / 3600:.1f} hours left"
+
+
+def _quiet_ctrl_c(console: Console) -> Callable[[], None]:
+    """Keep Ctrl-C from tearing the panel; returns what gives the terminal back as it was.
+
+    It would write ^C into it, and throw away what is on its way to the screen.
+    """
+    try:
+        terminal = console.file.fileno()
+        before = termios.tcgetattr(terminal)
+    except (OSError, termios.error):  # none of the system's
+        return lambda: None
+    quiet = [*before]
+    quiet[3] = before[3] & ~termios.ECHOCTL | termios.NOFLSH
+    termios.tcsetattr(terminal, termios.TCSANOW, quiet)
+
+    def restore() -> None:
+        with suppress(termios.error):  # the terminal is gone
+            termios.tcsetattr(terminal, termios.TCSANOW, before)
+
+    return restore
 
 
 def figures(history: Sequence[Mapping[str, Any]]) -> list[str]:

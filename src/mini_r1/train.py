@@ -15,8 +15,8 @@ GRPO in seven lines (Shao et al., arXiv:2402.03300), and the method of GRPOTrain
 7. One optimizer step; after a few of them, again from 1.       training_step
 
 A run is a folder and continues by itself: the same command again resumes from the last complete
-checkpoint, and says so when there is nothing left to do. `mini-r1 pause RUN`, SIGTERM and SIGUSR1
-make it save and stop. Left out on purpose: any trainer, loss or sampler of our own.
+checkpoint, and says so when there is nothing left to do. `mini-r1 pause RUN`, SIGTERM, SIGUSR1
+and Ctrl-C make it save and stop. Left out on purpose: any trainer, loss or sampler of our own.
 """
 
 import importlib.util
@@ -94,6 +94,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
         InputError: the recipe, its model or its data cannot be used. `doctor.problems` tells most
             of it sooner.
         ServerDied: the vLLM server did not start.
+        KeyboardInterrupt: Ctrl-C ended the run, paused or not; the message says how far it is.
     """
     run_dir = recipe.run_dir
     finished = finished_summary(recipe)
@@ -147,11 +148,11 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     if trainer.pop_callback(TensorBoardCallback):
         trainer.add_callback(TensorBoard(recipe.as_dict(), recorder))
     live = LiveView(run_dir.name, clock, recorder)
-    for callback in (clock, pause, live, CheckpointMarker(), held_out):
+    for callback in (clock, CheckpointMarker(), pause, live, held_out):
         trainer.add_callback(callback)
 
     # The loop, which is TRL's, and the end.
-    with live:
+    with live, pause:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if server:
         server.stop()
@@ -160,13 +161,17 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
         if is_main:
             step, steps = trainer.state.global_step, trainer.state.max_steps
             mark_paused(run_dir, step)
-            print(f"paused after step {step} of {steps}; the same command goes on from there")
+            if not pause.interrupted:
+                print(f"paused after step {step} of {steps}; the same command goes on from there")
     else:
         summary = _finish(trainer, recipe, tokenizer, held_out, clock)
     # Without this, two of five ZeRO-3 runs abort at exit after their success.
     trainer.accelerator.wait_for_everyone()
     quirks.end_colocated_vllm(trainer)
     trainer.accelerator.end_training()
+    if pause.paused and pause.interrupted:
+        state = trainer.state
+        raise KeyboardInterrupt(f"paused after step {state.global_step} of {state.max_steps}")
     return summary
 
 

@@ -9,11 +9,13 @@ ZeRO-3, LoRA and QLoRA are copied (DDP). Nothing starts here, until `launch`. Im
 library: a mistake is told in well under a second.
 """
 
+import logging
 import math
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mini_r1 import InputError
+from mini_r1 import BAD_INPUT, INTERRUPTED, InputError, RunFailed
 from mini_r1.launch.memory import checkpoint_bytes, estimate_memory, has_16_bit_weights, peak
 from mini_r1.model import model_path
 from mini_r1.recipe import Recipe
@@ -618,10 +620,15 @@ def leftover_variables() -> Iterator[InputError]:
 
 
 def launch(plan: Plan) -> None:
-    """Replace this process by `accelerate launch`: signals and exit code are the launcher's.
+    """Start the training processes as `accelerate launch` does, and return when they have ended.
+
+    In this process, so that Ctrl-C is passed on to them and nothing else: torch's launcher would
+    give them 30 seconds to save, and end with a traceback.
 
     Raises:
         InputError: this is no checkout, so there are no launch configs.
+        RunFailed: one of the processes did, or was killed.
+        SystemExit: bad input or Ctrl-C; the processes have said it themselves.
     """
     if not (ROOT / LAUNCH_CONFIGS).is_dir():
         raise InputError(
@@ -629,5 +636,30 @@ def launch(plan: Plan) -> None:
             "installed with 'make setup'"
         )
     print(shlex.join(plan.command), flush=True)
-    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
-    os.execv(sys.executable, [*accelerate, *plan.command[1:]])
+    import psutil
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    def pass_on(number: int, _frame: object) -> None:
+        processes = psutil.Process().children()
+        for process in processes:
+            process.send_signal(number)
+        if not processes:
+            raise KeyboardInterrupt
+
+    # How torchrun is told to leave Ctrl-C to us; its log would only repeat what is said below.
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGUSR1,SIGHUP,SIGQUIT"
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, pass_on)
+    try:
+        launch_command(launch_command_parser().parse_args(plan.command[2:]))
+    except SignalException as stop:
+        sys.exit(128 + stop.sigval)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode in (BAD_INPUT, INTERRUPTED):  # it has said so itself
+            sys.exit(failure.exitcode)
+        ended = f"training process {rank} of {plan.processes} ended with {failure.exitcode}"
+        raise RunFailed(ended) from None

@@ -1,6 +1,7 @@
 """Quick tests first; the same examples on every run; no network."""
 
 import os
+import signal
 import socket
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a hub must fail, not hang
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job hands down its deafness
 
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")

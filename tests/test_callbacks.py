@@ -1,4 +1,8 @@
 import logging
+import os
+import pty
+import signal
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -6,7 +10,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from mini_r1.callbacks import CheckpointMarker, HeldOutEvaluation, TensorBoard, TrainClock
+from mini_r1.callbacks import (
+    CheckpointMarker,
+    HeldOutEvaluation,
+    PauseOnRequest,
+    TensorBoard,
+    TrainClock,
+)
 from mini_r1.rollouts import Rollout
 from mini_r1.run import COMPLETE_MARKER
 
@@ -46,6 +56,124 @@ def test_a_complete_checkpoint_is_marked(stage, tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     CheckpointMarker().on_save(*stage)
     assert (tmp_path / "checkpoint-2" / COMPLETE_MARKER).exists()
+
+
+# ---- Pausing --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(stage, tmp_path):
+    """A run of 8 steps, two to a generation: call it with a step, or with a hook and a step."""
+    before = {number: signal.getsignal(number) for number in range(1, signal.NSIG)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    args = SimpleNamespace(
+        steps_per_generation=4, num_iterations=1, gradient_accumulation_steps=2, device="cpu"
+    )
+    state, control = TrainerState(global_step=0, max_steps=8), TrainerControl()
+    with PauseOnRequest(tmp_path) as pause:
+
+        def call(hook, step):
+            state.global_step = step
+            getattr(pause, hook)(args, state, control)
+            return control.should_save and control.should_training_stop
+
+        yield SimpleNamespace(pause=pause, call=call, folder=tmp_path, control=control)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    for number, handler in before.items():
+        if handler is not None and number not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(number, handler)
+
+
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+    for thread in set(threading.enumerate()) - {threading.current_thread()}:
+        thread.join(1) if thread.name.endswith("(print)") else None
+
+
+def test_the_first_ctrl_c_saves_after_the_next_step_that_can_be_continued(run, capsys):
+    run.call("on_step_begin", 0)
+    ctrl_c()
+    assert capsys.readouterr().err == "saving after this step; Ctrl-C again to stop now\n"
+    assert not run.call("on_step_end", 1)  # amid a generation
+    assert run.call("on_step_end", 2)
+    assert (run.pause.paused, run.pause.interrupted) == (True, True)
+
+
+def test_the_second_ctrl_c_ends_it_and_says_what_is_left(run):
+    run.call("on_step_begin", 0)
+    ctrl_c()
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped; nothing was saved yet$"):
+        ctrl_c()
+    (run.folder / "checkpoint-2").mkdir()
+    (run.folder / "checkpoint-2" / COMPLETE_MARKER).touch()
+    (run.folder / "checkpoint-4").mkdir()  # torn
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped; checkpoint-2 is kept$"):
+        ctrl_c()
+
+
+def test_ctrl_c_between_two_steps_loses_nothing_either(run, capsys):
+    run.call("on_step_begin", 0)
+    run.call("on_step_end", 1)
+    ctrl_c()  # in an evaluation
+    assert capsys.readouterr().err == "saving after the next step; Ctrl-C again to stop now\n"
+    assert run.call("on_step_end", 2)
+
+
+def test_where_nothing_can_be_lost_ctrl_c_ends_it_at_once(run):
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        ctrl_c()  # before the first step
+    run.call("on_step_begin", 7)
+    run.call("on_step_end", 8)
+    run.call("on_save", 8)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        ctrl_c()  # in the last evaluation
+    assert not run.pause.paused
+
+
+def test_ctrl_c_in_the_last_step_waits_for_its_checkpoint(run):
+    run.call("on_step_begin", 7)
+    ctrl_c()
+    assert not run.call("on_step_end", 8)  # it is saved anyway
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped after the last step, 8$"):
+        run.call("on_save", 8)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_other_signals_ask_for_the_same_and_are_no_ctrl_c(run, number):
+    os.kill(os.getpid(), number)
+    assert run.call("on_step_end", 2)
+    assert (run.pause.paused, run.pause.interrupted) == (True, False)
+
+
+def test_what_a_background_job_ignores_stays_ignored(tmp_path):
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_IGN) for number in (*numbers, signal.SIGTERM)]
+    try:
+        with PauseOnRequest(tmp_path):
+            assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN] * 2
+    finally:
+        for number, handler in zip((*numbers, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
+
+
+def test_a_closed_terminal_breaks_nothing_that_prints(tmp_path):
+    pid, terminal = pty.fork()
+    if pid == 0:  # a process of its own, on a terminal of its own
+        try:
+            PauseOnRequest(tmp_path)
+            os.write(1, b"ready")
+            signal.pause()
+            os.write(1, b"nobody reads this")
+            (tmp_path / "survived").touch()
+        finally:
+            os._exit(0)
+    assert os.read(terminal, 100) == b"ready"
+    os.close(terminal)
+    os.waitpid(pid, 0)
+    assert (tmp_path / "survived").exists()
+
+
+# ---- The clock, TensorBoard -----------------------------------------------------------------
 
 
 def test_the_clock_counts_on_after_a_resume(stage):

@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import pty
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from mini_r1 import InputError, RunFailed
 from mini_r1.cli import exit_code, main
 from mini_r1.countdown.expression import is_solution
+from mini_r1.launch.plan import LAUNCH_VARIABLES
 
 ORIGINAL = Path(__file__).parents[1] / "recipes" / "grpo-qwen-2.5-3b-deepseek-r1-countdown.yaml"
 
@@ -39,7 +41,34 @@ def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([*command.split(), "--help"])
     assert end.value.code == 0
-    assert "usage: mini-r1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "usage: mini-r1" in printed
+    assert "%%" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "commands"), [([], "train"), (["data"], "check"), (["base"], "build")]
+)
+def test_without_a_command_the_help_is_shown(arguments, commands, capsys):
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: {shlex.join(['mini-r1', *arguments])} [-h]")
+    assert commands in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["trian", "recipes/tiny-cpu.yaml"], "no command 'trian'; did you mean 'train'?"),
+        (["data", "chek", "x.jsonl"], "no command 'chek'; did you mean 'check'?"),
+        (["base", "x"], "no command 'x'; choose from build"),
+    ],
+)
+def test_an_unknown_command_is_told_with_the_nearest(arguments, error, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {error}\n"
 
 
 @pytest.mark.parametrize(
@@ -55,7 +84,8 @@ def test_what_ends_a_command_is_told_once(monkeypatch, capsys, error, rank, code
     def command():
         raise error("no")
 
-    monkeypatch.setenv("RANK", rank)
+    for variable in LAUNCH_VARIABLES:
+        monkeypatch.setenv(variable, rank)
     assert exit_code(command) == code
     assert capsys.readouterr().err == told
 
@@ -152,6 +182,9 @@ def test_data_check_shows_its_progress_on_a_terminal_only(tmp_path):
             "--gpus: a run takes the GPUs it finds",
         ),
         (["doctor", "--gpus", "4"], "--gpus and --gpu-memory: give both"),
+        (["eval", "tiny_base", "--json", "."], "--json: . cannot be written: not a file"),
+        (["eval", "tiny_base", "--json", "/dev/null"], "/dev/null cannot be written: not a file"),
+        (["eval", "tiny_base", "--json", "/proc/x.json"], "--json: /proc/x.json cannot be written"),
         (["pause", "no-such-run"], "no-such-run: no run; want a folder such as runs/tiny-cpu"),
         (["eval", "no/such-model"], "is not in the cache"),
     ],
@@ -166,9 +199,73 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["no-such-command"], ["solve", "1", "2", "--target", "3", "--no-such-flag"]]
+    "arguments",
+    [
+        ["no-such-command"],
+        ["solve", "1", "2", "--target", "3", "--no-such-flag"],
+        ["solve", "1", "2", "--targ", "3"],
+        ["doctor", "--gpus", "-1"],
+        ["doctor", "--gpus", "1", "--gpu-memory", "nan"],
+    ],
 )
 def test_bad_arguments_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2
+
+
+def test_eval_prints_words_and_json_on_request(tmp_path, capsys):
+    few = ["eval", "tiny_base", "--num-puzzles", "8", "--num-samples", "2"]
+    assert main([*few, "--json", str(tmp_path / "eval.json")]) == 0
+    words = capsys.readouterr().out
+    assert main([*few, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((tmp_path / "eval.json").read_text())
+    low, high = result["ci95"]
+    for part in (
+        f"held-out success  {result['success']:.1%} (95 % interval {low:.1%} to {high:.1%}; "
+        "8 puzzles x 2, temperature 1.0)",
+        f"{result['pass_at']['1']:.1%} at 1, {result['pass_at']['2']:.1%} at 2",
+        f"completion tokens {result['mean_completion_tokens']:.0f}, 0% truncated",
+        "held-out, split_seed 42, test_share 0.1",
+        f"{result['plus_minus_only_share']:.0%} need only + and -",
+        result["rule"],
+    ):
+        assert part in words
+
+
+# ---- Exit codes -----------------------------------------------------------------------------
+
+
+def test_only_a_launcher_silences_the_other_processes(monkeypatch, capsys):
+    def fail():
+        raise InputError("no")
+
+    for variable in LAUNCH_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("RANK", "1")  # as containers export it
+    assert exit_code(fail) == 2
+    assert capsys.readouterr().err == "error: no\n"
+
+
+def test_ctrl_c_is_one_line_with_the_command_and_exit_code_130(tmp_path):
+    # What is run from a string, as dataclasses are made, is the hard case under `python -m`.
+    code = "import sys; from mini_r1.cli import exit_code\n" + (
+        "sys.exit(exit_code(lambda: exec('raise KeyboardInterrupt(' + repr(sys.argv[1]) + ')')))"
+    )
+    (tmp_path / "module.py").write_text(code)
+    (tmp_path / "command").write_text(f"#!{sys.executable}\n{code}\n")
+    (tmp_path / "command").chmod(0o755)
+    for command, typed in (
+        ([sys.executable, "-m", "module"], f"{sys.executable} -m module"),
+        ([sys.executable, "module.py"], f"{sys.executable} module.py"),
+        (["./command"], "./command"),
+    ):
+        for said, printed in (("", "interrupted"), ("paused after step 2", "paused after step 2")):
+            arguments = [said, "a b"]
+            done = subprocess.run(
+                [*command, *arguments], cwd=tmp_path, capture_output=True, text=True
+            )
+            assert done.returncode == 130
+            go_on = f"to go on: {typed} {shlex.join(arguments)}"
+            assert done.stderr == f"{printed}; {go_on}\n"

@@ -418,6 +418,7 @@ def of_readme():
 def of_guide():
     text = "exits with 0, 1 (failed) or 2 (bad input"
     yield quoted(text, SRC / "cli.py", "Exit codes: 0 done, 1 failed, 2 bad input")
+    yield quoted("Ctrl-C ends it with 130", SRC / "cli.py", "130 ended by Ctrl-C")
     text = "A recipe written for TRL 0.14 is refused"
     yield quoted(text, SRC / "recipe.py", "written for TRL 0.14, this is")
 

@@ -1,6 +1,10 @@
+import contextlib
 import logging
+import os
+import pty
 import re
 import sys
+import termios
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +13,7 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
 from mini_r1 import live
-from mini_r1.live import LiveView, figures, sparkline
+from mini_r1.live import LEGEND, LiveView, figures, sparkline
 from mini_r1.rollouts import Rollout
 
 LOGS = {
@@ -78,7 +82,8 @@ def test_plain_lines_where_there_is_no_terminal(view, capsys):
         # Four steps share a generation.
         log(view, state, **(LOGS if step % 4 == 1 else {"loss": 0.1}))
     log(view, state, train_runtime=1.0)
-    lines = capsys.readouterr().out.splitlines()
+    legend, *lines = capsys.readouterr().out.splitlines()
+    assert legend == LEGEND
     # Step 1 is too soon for one in twenty.
     assert lines[0] == "  ".join(["step 5/40", *FIGURES, "35.0 minutes left"])
     steps = [line.split("  ")[0] for line in lines]
@@ -102,24 +107,29 @@ def test_the_pace_of_a_resumed_run_is_that_of_this_attempt(view, capsys):
 
 
 def test_the_panel_shows_figures_and_a_fresh_sample_with_its_verdict(view, terminal, monkeypatch):
-    now = 100.0
+    view._started = now = 1000.0
     monkeypatch.setattr(live.time, "monotonic", lambda: now)
     state = TrainerState(global_step=0, max_steps=40, log_history=[])
-    view.on_train_begin(None, state, None)
-    state.global_step, view._recorder.latest = 3, SAMPLE
-    log(view, state, **LOGS)
-    log(view, state, eval_success=0.238)
-    later = Rollout(4, (1, 2), 3, {"equation_reward": 0.0}, "1+2=3")
-    view._recorder.latest = later
-    log(view, state, **LOGS)
-    assert view._sample is SAMPLE  # there is time to read it
-    view.on_train_end(None, state, None)
+    with view:
+        view.on_train_begin(None, state, None)
+        state.global_step, view._recorder.latest = 3, SAMPLE
+        now += 100.0
+        log(view, state, **LOGS)
+        now += 4000
+        log(view, state, eval_success=0.238)
+        log(view, state, **LOGS)
+        later = Rollout(4, (1, 2), 3, {"equation_reward": 0.0}, "1+2=3")
+        view._sample_since = now  # there is time to read it
+        view._recorder.latest = later
+        log(view, state, **LOGS)
+        assert view._sample is SAMPLE
     shown = terminal.export_text(clear=False, styles=False)
     last = shown[shown.rindex("╭─ Mini-R1: my-run") :]
-    held_out = "▃▃   held-out success 23.8% at step 3"
+    held_out = "training success ▃▃▃   held-out success 23.8% at step 3"
     puzzle = "step 3: make 68 from 4, 5, 12  solved"
-    for text in ("step 3/40", *FIGURES, held_out, puzzle, "<answer>(12+5)*4"):
+    for text in ("step 3/40", "ended, 1:08:20 elapsed", *FIGURES, held_out, puzzle, LEGEND):
         assert text in last, text
+    assert "<answer>(12+5)*4" in last
     assert "\x1b[2J" not in shown.replace("[2J</answer>", "")  # a model cannot clear the screen
     styled = terminal.export_text(styles=True)
     assert re.search(r"\x1b\[4;31m12\+5=18\x1b", styled)  # false arithmetic is red
@@ -128,6 +138,46 @@ def test_the_panel_shows_figures_and_a_fresh_sample_with_its_verdict(view, termi
     now += live.SAMPLE_SECONDS
     view._panel(state)
     assert view._sample is later
+
+
+def test_the_panel_says_what_the_run_does(view, terminal):
+    def shown():
+        with terminal.capture() as capture:
+            terminal.print(view._panel(state))
+        return re.search(r"│ (\w+), 0:00:0\d elapsed", capture.get())[1]
+
+    args = SimpleNamespace(
+        gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=1
+    )  # two steps to a generation
+    state, control = TrainerState(global_step=0, max_steps=40, log_history=[]), TrainerControl()
+    view.on_train_begin(args, state, control)
+    seen = [shown()]
+    with view.phase("evaluating"):
+        seen.append(shown())
+    for state.global_step in (0, 1, 2):
+        view.on_step_begin(args, state, control)
+        seen.append(shown())
+        view._recorder.latest = SAMPLE if state.global_step == 0 else view._recorder.latest
+        seen.append(shown())  # the rewards were called, if it samples
+        view.on_substep_end(args, state, control)
+        seen.append(shown())
+        control.should_save = state.global_step == 1
+        view.on_step_end(args, state, control)
+        seen.append(shown())
+    view.__exit__()
+    assert seen == [
+        *("starting", "evaluating"),
+        *("sampling", "learning", "learning", "learning"),
+        *("learning", "learning", "learning", "saving"),
+        *("sampling", "sampling", "learning", "learning"),
+    ]
+    args = SimpleNamespace(gradient_accumulation_steps=4, steps_per_generation=2, num_iterations=1)
+    view.on_step_begin(args, state, control)
+    phases = [view._phase]
+    for _ in range(3):  # two generations to a step
+        view.on_substep_end(args, state, control)
+        phases.append(view._phase)
+    assert phases == ["sampling", "learning", "sampling", "learning"]
 
 
 def test_of_a_long_sample_the_end_is_shown(view):
@@ -141,10 +191,10 @@ def test_of_a_long_sample_the_end_is_shown(view):
 
 def test_other_processes_show_nothing(view, terminal, capsys):
     state = TrainerState(global_step=0, max_steps=4, log_history=[], is_world_process_zero=False)
-    view.on_train_begin(None, state, None)
-    state.global_step = 4
-    log(view, state, **LOGS)
-    view.on_train_end(None, state, None)
+    with view:
+        view.on_train_begin(None, state, None)
+        state.global_step = 4
+        log(view, state, **LOGS)
     assert terminal.export_text() == ""
 
 
@@ -155,7 +205,7 @@ def test_a_dumb_terminal_gets_plain_lines(view, monkeypatch, capsys):
     view.on_train_begin(None, state, None)
     state.global_step = 1
     log(view, state, **LOGS)
-    assert capsys.readouterr().out.startswith("step 1/1  reward 1.25")
+    assert capsys.readouterr().out.splitlines()[1].startswith("step 1/1  reward 1.25")
 
 
 def test_what_the_libraries_log_stays_above_the_panel(view, terminal):
@@ -163,9 +213,33 @@ def test_what_the_libraries_log_stays_above_the_panel(view, terminal):
     handler = logging.StreamHandler()
     logger.addHandler(handler)
     state = TrainerState(global_step=0, max_steps=4, log_history=[])
-    view.on_train_begin(None, state, None)
-    logger.warning("a line of its own")
-    view.on_train_end(None, state, None)
+    with view:
+        view.on_train_begin(None, state, None)
+        logger.warning("a line of its own")
     logger.removeHandler(handler)
     assert "a line of its own" in terminal.export_text()
     assert handler.stream is raw
+
+
+def test_ctrl_c_writes_nothing_into_the_panel(view, monkeypatch):
+    """A real terminal: nothing is echoed or thrown away, and it is given back as it was."""
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    with open(theirs, "w") as file:
+        console = Console(file=file, force_terminal=True, width=80)
+        monkeypatch.setattr(rich, "get_console", lambda: console)
+        monkeypatch.setenv("TERM", "xterm")
+        with view:
+            view.on_train_begin(None, TrainerState(global_step=0, max_steps=4), None)
+            flags = termios.tcgetattr(theirs)[3]
+            assert not flags & termios.ECHOCTL
+            assert flags & termios.NOFLSH
+        assert termios.tcgetattr(theirs) == before
+    parts = []
+    with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
+        while part := os.read(ours, 65536):
+            parts.append(part)
+    written = b"".join(parts).decode()
+    assert written.rindex("\x1b[?25h") > written.rindex("╰─")  # whole, and the cursor is back
+    assert all(len(line) < 80 for line in re.sub(r"\x1b\[[0-9;?]*\w", "", written).splitlines())
+    os.close(ours)

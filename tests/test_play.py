@@ -5,9 +5,9 @@ import pytest
 
 from mini_r1 import InputError, play
 from mini_r1.cli import main
-from mini_r1.countdown.puzzles import Puzzle
+from mini_r1.countdown.puzzles import Puzzle, PuzzleSpace
 from mini_r1.model import load_tokenizer, model_path
-from mini_r1.play import TextStream, judge, side_by_side, think
+from mini_r1.play import TextStream, beyond, judge, side_by_side, think
 from mini_r1.run import RECIPE_FILE, weights_and_task
 from tests.tiny_models import build
 
@@ -79,6 +79,40 @@ def test_a_run_beside_its_base(tmp_path, capsys):
     assert printed.count("arithmetic claims are true") == 2
     assert "tiny_base" in printed
     assert str(run) in printed
+
+
+SPACE = PuzzleSpace((3, 4), (1, 20), (10, 99))
+
+
+@pytest.mark.parametrize(
+    ("nums", "target", "told"),
+    [
+        ((1, 2, 20), 10, ""),
+        ((1, 2, 3, 4), 99, ""),
+        ((1, 2), 50, "2 numbers instead of 3 or 4"),
+        ((1, 21, 0, 4), 50, "21, 0 instead of 1 to 20"),
+        ((1, 2, 3), 9, "target 9 instead of 10 to 99"),
+        ((1, 30), 100, "2 numbers instead of 3 or 4; 30 instead of 1 to 20; target 100 instead of"),
+    ],
+)
+def test_what_a_run_was_not_trained_on(nums, target, told):
+    found = beyond(Puzzle(nums, target), SPACE)
+    assert found.startswith(told)
+    assert bool(found) == bool(told)
+
+
+@pytest.mark.parametrize("source", ["generated", "puzzles.jsonl", None])
+def test_a_puzzle_unlike_those_of_the_training_is_told(source, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(model_path("tiny_base"), run)
+    recipe = (run / RECIPE_FILE).read_text()
+    if source is None:  # a model that brings no recipe
+        (run / RECIPE_FILE).unlink()
+    else:
+        (run / RECIPE_FILE).write_text(recipe.replace("path: generated", f"path: {source}"))
+    play.play(str(run), [44, 19, 35], 98, seed=1)
+    told = "This is not what it was trained on: 44, 35 instead of 1 to 20.\n"
+    assert (told in capsys.readouterr().out) == (source == "generated")
 
 
 def test_a_held_out_puzzle_is_dealt(capsys):

@@ -1,3 +1,8 @@
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -5,7 +10,7 @@ import yaml
 
 from mini_r1 import InputError
 from mini_r1.metrics import METRICS
-from mini_r1.run import write_json
+from mini_r1.run import paused_step, write_json
 from mini_r1.sweep import load_sweep, record_of, run_sweep
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -94,3 +99,33 @@ def test_a_failed_run_is_named_with_its_log(tmp_path, monkeypatch):
     sweep = load_sweep(write_sweep(tmp_path, tables={"Data": [{"dataset_id_or_path": "no.csv"}]}))
     with pytest.raises(InputError, match=r"1 of 1 runs failed; read .*seed-1\.log"):
         run_sweep(sweep, jobs=1)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_runs_under_way_after_a_save(tmp_path):
+    path = write_sweep(
+        tmp_path, tables={"Beta": [{"max_steps": 200}, {"max_steps": 200, "beta": 0}]}
+    )
+    command = [sys.executable, "-m", "mini_r1", "sweep", str(path)]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    first, second = (
+        tmp_path / "runs/sweep" / name for name in ("max_steps=200", "beta=0,max_steps=200")
+    )
+    while not (first / "seed-1" / "samples").exists():  # its first step has begun
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert paused_step(first / "seed-1")
+    assert printed == "stopped  runs/sweep/max_steps=200/seed-1\n"
+    ending, line = errors.splitlines()
+    assert ending == "ending the runs under way; Ctrl-C again to stop them now"
+    assert line == f"interrupted; to go on: {shlex.join(command)}"
+    assert not second.exists()

@@ -4,6 +4,8 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes; the last is a shell's for Ctrl-C
+
 
 class InputError(ValueError):
     """The user's input is wrong; the commands print it as one line and exit with 2.

@@ -3,10 +3,13 @@
 Everything here uses the public hooks of transformers: `TrainerCallback`.
 """
 
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -17,9 +20,17 @@ from transformers.trainer_callback import ExportableState
 from mini_r1 import quirks
 from mini_r1.metrics import EVAL_SUCCESS, EVAL_TOKENS
 from mini_r1.rollouts import Rollout, RolloutRecorder
-from mini_r1.run import AFTER, BEFORE, Evaluation, mark_complete, stop_requested
+from mini_r1.run import (
+    AFTER,
+    BEFORE,
+    Evaluation,
+    last_complete_checkpoint,
+    mark_complete,
+    stop_requested,
+)
 
 SAMPLE_TEXTS = 20  # per run, in TensorBoard
+SAVING = "saving after {} step; Ctrl-C again to stop now"
 
 
 class TensorBoard(TensorBoardCallback):
@@ -130,23 +141,64 @@ class PauseOnRequest(TrainerCallback):
 
     A signal to any of them asks, and so does a STOP file in the run folder. It is done after the
     next step whose checkpoint can be continued exactly: not amid the steps that share one
-    generation. The signals are only noted, so that a save or a collective under way is not torn;
-    SIGKILL remains for the impatient.
+    generation. The signals, that of a closed terminal among them, are only noted, so that a save or
+    a collective under way is not torn.
+
+    Ctrl-C asks in the same way between the first step and the last save, the evaluations amid the
+    steps included; the second one ends the run at once, and so does the first where nothing would
+    be lost. To be entered around the training, which gives Ctrl-C back its meaning afterwards.
+
+    Attributes:
+        paused: whether it has.
+        interrupted: whether Ctrl-C asked for it.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self, run_dir: Path):
-        self.paused = False
+        self.paused = self.interrupted = False
         self._run_dir = run_dir
-        self._requested = False
+        self._requested = self._in_steps = self._in_step = self._speaks = False
+        self._before: Any = None
+        self._on_terminal = [fd for fd in (1, 2) if os.isatty(fd)]
         for number in self.SIGNALS:
-            signal.signal(number, self._note)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
+                signal.signal(number, self._note)
 
-    def _note(self, *_: Any) -> None:
+    def __enter__(self) -> "PauseOnRequest":
+        self._before = signal.getsignal(signal.SIGINT)
+        if self._before != signal.SIG_IGN:  # as in a background job: it stays so
+            signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number: int, _frame: Any) -> None:
         self._requested = True
+        if number == signal.SIGHUP:  # the terminal was closed: what is printed now goes nowhere
+            for fd in self._on_terminal:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+    def _interrupt(self, *_: Any) -> None:
+        if not self._in_steps:
+            raise KeyboardInterrupt
+        if self.interrupted:
+            saved = last_complete_checkpoint(self._run_dir)
+            kept = f"{saved.name} is kept" if saved else "nothing was saved yet"
+            raise KeyboardInterrupt(f"stopped; {kept}")
+        self.interrupted = self._requested = True
+        if self._speaks:
+            # From a thread of its own: what the signal came into may be writing to the terminal.
+            what = SAVING.format("this" if self._in_step else "the next")
+            Thread(target=print, args=(what,), kwargs={"file": sys.stderr, "flush": True}).start()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._in_steps = self._in_step = True
+        self._speaks = state.is_world_process_zero
 
     def on_step_end(self, args, state, control, **kwargs):
+        self._in_step = False  # an evaluation may follow
         requested = self._requested or (
             state.is_world_process_zero and stop_requested(self._run_dir)
         )
@@ -158,6 +210,12 @@ class PauseOnRequest(TrainerCallback):
         whole = window < 1 or state.global_step % window == 0
         if requested and whole and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = self.paused = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:  # all that is left to do can be done again
+            self._in_steps = False
+            if self.interrupted:
+                raise KeyboardInterrupt(f"stopped after the last step, {state.global_step}")
 
 
 class TrainClock(TrainerCallback, ExportableState):

@@ -1,30 +1,36 @@
 """`mini-r1 ...`: thin; every command imports what it needs only when it runs.
 
-Exit codes: 0 done, 1 failed, 2 bad input (one clear line, no traceback).
+Exit codes: 0 done, 1 failed, 2 bad input (one clear line, no traceback), 130 ended by Ctrl-C.
 """
 
 import argparse
+import difflib
+import errno
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mini_r1 import InputError, RunFailed, __version__
+from mini_r1 import BAD_INPUT, FAILED, INTERRUPTED, InputError, RunFailed, __version__
 from mini_r1.model import EMBEDDED_BASES
 
 if TYPE_CHECKING:
     from mini_r1.launch.plan import Machine
     from mini_r1.recipe import Recipe
 
+STDOUT = "-"  # what --json is without a file
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parser = _parser()
+    _refuse_unknown_command(parser, sys.argv[1:] if arguments is None else arguments)
     args, rest = parser.parse_known_args(arguments)
     if rest and args.command not in (train, slurm):
         parser.error(f"unknown arguments: {' '.join(rest)}")
@@ -40,16 +46,43 @@ def entry_point() -> None:
 def exit_code(command: Callable[[], None]) -> int:
     """Run a command and return its exit code.
 
-    An InputError becomes one line on stderr and 2, a RunFailed its own words and 1. Bad input is
-    met by all processes of a launch and told by the first; what fails may fail in any.
+    An InputError becomes one line on stderr and 2, a RunFailed its own words and 1, Ctrl-C one
+    line and 130. Bad input is met by all processes of a launch and told by the first; what fails
+    may fail in any.
     """
+    from mini_r1.launch.plan import is_main_process
+
     try:
         command()
     except (InputError, RunFailed) as error:
-        if isinstance(error, RunFailed) or os.environ.get("RANK", "0") == "0":
+        if isinstance(error, RunFailed) or is_main_process():
             print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        return BAD_INPUT if isinstance(error, InputError) else FAILED
+    except KeyboardInterrupt as interrupt:
+        if is_main_process():
+            # The terminal has written ^C, and what was there before it may be half a line.
+            said = str(interrupt) or ("\n" if sys.stderr.isatty() else "") + "interrupted"
+            print(f"{said}; to go on: {_command_line()}", file=sys.stderr)
+        # CPython 3.11 remembers a Ctrl-C that came into code from a string, as dataclasses have it,
+        # and `python -m` would die of it in the end; any other such code makes it forget.
+        exec("")
+        return INTERRUPTED
     return 0
+
+
+def _command_line() -> str:
+    """What was typed to start this process, or the launcher that did."""
+    import psutil
+
+    from mini_r1.launch.plan import launched
+
+    parent = psutil.Process().parent() if launched() else None
+    words = parent.cmdline() if parent else sys.orig_argv
+    if len(words) > 1 and os.access(words[1], os.X_OK):  # a command: `python /the/path/of/it ...`
+        words = words[1:]
+        name = os.path.basename(words[0])
+        words[0] = name if shutil.which(name) == words[0] else words[0]
+    return shlex.join(words)
 
 
 def train_here(recipe: "Recipe") -> None:
@@ -59,12 +92,17 @@ def train_here(recipe: "Recipe") -> None:
     """
     from mini_r1 import quirks
     from mini_r1.launch.doctor import first_problem
-    from mini_r1.launch.plan import check_processes, owns_server
+    from mini_r1.launch.plan import (
+        check_processes,
+        is_main_process,
+        num_processes,
+        owns_server,
+    )
     from mini_r1.launch.vllm_server import take_last_gpu
     from mini_r1.run import TRACKER_FOLDERS, withdraw_stop
 
-    check_processes(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-    if os.environ.get("RANK", "0") == "0":
+    check_processes(recipe, num_processes())
+    if is_main_process():
         first_problem(recipe)
         withdraw_stop(recipe.run_dir)  # of an earlier attempt; from here on one is meant for this
     for variable, folder in TRACKER_FOLDERS.items():  # Trackio reads its own when it is imported
@@ -101,9 +139,10 @@ def train(args: argparse.Namespace) -> None:
             where="--gpus",
         )
     if plan.launcher:
-        first_problem(plan.recipe, plan.launcher)
+        first_problem(plan.recipe, plan)
         launch(plan)
-    train_here(plan.recipe)
+    else:
+        train_here(plan.recipe)
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -121,10 +160,12 @@ def _machine(args: argparse.Namespace) -> "Machine":
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    file = _output_file(args.json, "--json") if args.json not in (None, STDOUT) else None
     from mini_r1.launch.doctor import check_model
 
     check_model(args.model, args.recipe)  # before the slow imports
-    from mini_r1.evaluate import evaluate_model
+    from mini_r1.evaluate import describe, evaluate_model
+    from mini_r1.run import write_json
 
     result = evaluate_model(
         args.model,
@@ -134,11 +175,22 @@ def evaluate(args: argparse.Namespace) -> None:
         temperature=args.temperature,
         seed=args.seed,
     )
-    if args.json:
-        from mini_r1.run import write_json
+    if file:
+        write_json(file, result)
+    print(json.dumps(result, indent=2) if args.json == STDOUT else describe(result))
 
-        write_json(Path(args.json), result)
-    print(json.dumps(result, indent=2))
+
+def _output_file(name: str, option: str) -> Path:
+    """The file to write, refused before the work is done if it cannot be written."""
+    file = Path(name)
+    folder = next(path for path in file.absolute().parents if path.exists())
+    try:
+        if file.exists() and not file.is_file():
+            raise OSError(errno.EINVAL, "not a file")
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{name} cannot be written: {error.strerror}", where=option) from None
+    return file
 
 
 def slurm(args: argparse.Namespace) -> None:
@@ -185,7 +237,7 @@ def report(args: argparse.Namespace) -> None:
     from mini_r1.run import REPORT_FILE
 
     runs = [Path(run) for run in args.runs]
-    output = Path(args.output) if args.output else runs[0] / REPORT_FILE
+    output = _output_file(args.output, "--output") if args.output else runs[0] / REPORT_FILE
     write_report(runs, output, Path(args.reference) if args.reference else None)
     print(f"the report is {output}")
 
@@ -309,7 +361,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"mini-r1 {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = _commands(parser)
 
     command = _command(
         commands, "train", train, "run a recipe: evaluate, train with GRPO, evaluate again"
@@ -347,7 +399,13 @@ def _parser() -> argparse.ArgumentParser:
         "--temperature", type=float, help="sampling temperature (default: the recipe's)"
     )
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    command.add_argument("--json", metavar="FILE", help="write the result here, too")
+    command.add_argument(
+        "--json",
+        nargs="?",
+        const=STDOUT,
+        metavar="FILE",
+        help="all of the result: into this file, or without one on stdout instead of the words",
+    )
 
     command = _command(
         commands, "report", report, "one HTML page about a run, or about several side by side"
@@ -386,10 +444,10 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         help="with vllm_mode: server, the last of several serves (default: 1)",
     )
-    command.add_argument("--gpus-per-node", type=int, default=0, help="default: 0")
+    command.add_argument("--gpus-per-node", type=_not_negative, default=0, help="default: 0")
     command.add_argument(
         "--gpu-memory",
-        type=float,
+        type=_size,
         metavar="GB",
         default=80.0,
         help="of each GPU, for the check (default: 80)",
@@ -433,9 +491,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("nums", type=int, nargs="+", help="two to six numbers")
     command.add_argument("--target", type=int, required=True)
 
-    data = commands.add_parser("data", help="make or audit puzzles").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
+    data = _commands(_command(commands, "data", None, "make or audit puzzles"))
     command = _command(data, "build", data_build, "make solvable puzzles, without duplicates")
     command.add_argument("--num-puzzles", type=_positive, required=True)
     command.add_argument(
@@ -485,9 +541,7 @@ def _parser() -> argparse.ArgumentParser:
         help="runs at a time, each on its share of the cores (default: 1)",
     )
 
-    base = commands.add_parser("base", help="the embedded base models").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
+    base = _commands(_command(commands, "base", None, "the embedded base models"))
     command = _command(
         base, "build", base_build, "remake an embedded base from nothing (less than an hour)"
     )
@@ -502,21 +556,41 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _commands(parser: argparse.ArgumentParser):
+    """Give a parser commands; without one it prints its help."""
+    commands = parser.add_subparsers(metavar="COMMAND")
+    parser.set_defaults(command=lambda _: parser.print_help(), commands=commands.choices)
+    return commands
+
+
 def _command(commands, name, function, help):
-    parser = commands.add_parser(
-        name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False
-    )
-    parser.set_defaults(command=function)
+    description = help[0].upper() + help[1:].replace("%%", "%") + "."
+    parser = commands.add_parser(name, help=help, description=description, allow_abbrev=False)
+    parser.set_defaults(command=function, commands={})
     return parser
+
+
+def _refuse_unknown_command(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    for word in arguments:
+        commands = parser.get_default("commands")
+        if not commands or word.startswith("-"):
+            return
+        if word not in commands:
+            near = difflib.get_close_matches(word, commands, n=1)
+            advice = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(commands)}"
+            parser.exit(BAD_INPUT, f"error: no command '{word}'; {advice}\n")
+        parser = commands[word]
 
 
 def _machine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--gpus", type=int, help="plan for a machine with so many GPUs (default: this one)"
+        "--gpus",
+        type=_not_negative,
+        help="plan for a machine with so many GPUs (default: this one)",
     )
     parser.add_argument(
         "--gpu-memory",
-        type=float,
+        type=_size,
         metavar="GB",
         help="of each of them, as the card says: 24, 80, ...",
     )
@@ -531,6 +605,20 @@ def _mapping(text: str) -> dict:
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("want a mapping such as '{nums: numbers}'")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("want at least 0")
+    return value
+
+
+def _size(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("want more than 0")
     return value
 
 

@@ -126,7 +126,7 @@ def progress_bar(
     console = rich.get_console()
     disable = not (shown and console.is_interactive)
     what = TextColumn(f"evaluating {name}")
-    columns = (what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (what, BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=disable) as progress:
         task = progress.add_task(name, total=completions)
         yield lambda new: progress.advance(task, new)
@@ -229,6 +229,23 @@ def summarize(samples: Sequence[Sample], task: TaskConfig, **facts: Any) -> Eval
         **facts,
     }
     return result
+
+
+def describe(result: Evaluation) -> str:
+    """The result for people, a few lines."""
+    low, high = result["ci95"]
+    passed = (f"{share:.1%} at {k}" for k, share in result["pass_at"].items())
+    return (
+        f"held-out success  {result['success']:.1%} (95 % interval {low:.1%} to {high:.1%}; "
+        f"{result['num_puzzles']} puzzles x {result['num_samples']}, "
+        f"temperature {result['temperature']})\n"
+        f"pass@k            {', '.join(passed)}\n"
+        f"completion tokens {result['mean_completion_tokens']:.0f}, "
+        f"{result['truncated']:.0%} truncated\n"
+        f"puzzles           {result['split']}; {result['plus_minus_only_share']:.0%} need only "
+        "+ and -\n"
+        f"rule              {result['rule']}"
+    )
 
 
 def _example(sample: Sample) -> Example:

@@ -4,16 +4,18 @@ Where the output is no terminal, or a dumb one, it is plain lines, twenty per ru
 those that TensorBoard gets.
 """
 
-import atexit
 import logging
 import sys
+import termios
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from statistics import fmean
 from typing import Any
 
 import rich
-from rich.console import Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -32,10 +34,15 @@ SAMPLE_SECONDS = 8.0  # how long a sample stays at least: time to read it
 SAMPLE_CHARS = 600  # of a longer one the end is shown, where the answer is
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 32
+REFRESHES = 2  # of the panel, per second
+LEGEND = "no signal: groups of equal rewards, which teach nothing"
 
 
 class LiveView(TrainerCallback):
     """Shows the run of the main process: a panel on a terminal, else plain lines.
+
+    To be entered around the training: whatever ends it, the panel stays whole and the cursor comes
+    back.
 
     Args:
         name: of the run.
@@ -49,26 +56,71 @@ class LiveView(TrainerCallback):
         self._redirected: list[tuple[logging.StreamHandler, Any]] = []
         self._sample: Rollout | None = None
         self._sample_since = 0.0
+        self._started = time.monotonic()
+        self._phase = "starting"
+        self._micro_batches = 0  # of all steps so far
+        self._sampled: Rollout | None = None  # the newest completion when sampling began
+
+    def __enter__(self) -> "LiveView":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._phase = "ended"
+        if self._live is not None:
+            self._live.stop()
+            self._restore_terminal()
+        for handler, stream in self._redirected:
+            handler.setStream(stream)
 
     def on_train_begin(self, args, state, control, **kwargs):
         # An earlier attempt's seconds count as training, but say nothing about this one's pace.
         self._began = state.global_step, self._clock.train_seconds
         self._printed = state.global_step
+        self._explained = False
         console = rich.get_console()
         if state.is_world_process_zero and console.is_interactive:
             streams = (sys.stdout, sys.stderr)
-            self._live = Live(self._panel(state), console=console)
+            self._restore_terminal = _quiet_ctrl_c(console)
+            self._live = Live(
+                get_renderable=lambda: self._panel(state),
+                console=console,
+                refresh_per_second=REFRESHES,
+            )
             self._live.start()
-            atexit.register(self._live.stop)  # whatever ends the run, the cursor comes back
             # What the libraries log goes where sys.stderr pointed before, into the panel; from
             # here on it comes above it.
             for handler in quirks.stream_handlers():
                 if handler.stream in streams:
                     self._redirected.append((handler, handler.setStream(sys.stderr)))
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._micro_batches = state.global_step * args.gradient_accumulation_steps
+        self._begin_micro_batch(args)
+        if self._live is not None:
+            self._live.refresh()
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self._micro_batches += 1
+        self._begin_micro_batch(args)
+
+    def _begin_micro_batch(self, args: Any) -> None:
+        samples = self._micro_batches % (args.steps_per_generation * args.num_iterations) == 0
+        self._phase, self._sampled = "sampling" if samples else "learning", self._recorder.latest
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            self._phase = "saving"
+
+    @contextmanager
+    def phase(self, name: str) -> Generator[None]:
+        """What the run does meanwhile, as the panel says it."""
+        before, self._phase = self._phase, name
+        yield
+        self._phase = before
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self._live is not None:
-            self._live.update(self._panel(state))
+            self._live.refresh()
             return
         # Steps that share a batch of completions with an earlier one log no reward.
         apart = state.max_steps / PLAIN_LINES
@@ -76,15 +128,12 @@ class LiveView(TrainerCallback):
         if state.is_world_process_zero and due:
             self._printed = state.global_step
             step = f"step {state.global_step}/{state.max_steps}"
+            if not self._explained:
+                print(LEGEND)
+                self._explained = True
             print(
                 "  ".join([step, *figures(state.log_history), self._time_left(state)]), flush=True
             )
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._live is not None:
-            self._live.stop()
-        for handler, stream in self._redirected:
-            handler.setStream(stream)
 
     def _panel(self, state: Any) -> Panel:
         # How far it is.
@@ -94,14 +143,18 @@ class LiveView(TrainerCallback):
         progress.add_column(no_wrap=True)
         bar = ProgressBar(total=state.max_steps, completed=state.global_step)
         progress.add_row(f"step {state.global_step}/{state.max_steps}", bar, self._time_left(state))
+        sampled = self._phase == "sampling" and self._recorder.latest is not self._sampled
+        elapsed = timedelta(seconds=int(time.monotonic() - self._started))
+        phase = f"{'learning' if sampled else self._phase}, {elapsed} elapsed"
 
         # How good it is.
         history, success = state.log_history, METRICS["success"].key
-        learned = [sparkline([entry[success] for entry in history if success in entry])]
+        training = sparkline([entry[success] for entry in history if success in entry])
+        learned = [f"training success {training}" if training else ""]
         evaluated = [entry for entry in history if EVAL_SUCCESS in entry]
         for entry in evaluated[-1:]:
             learned.append(f"held-out success {entry[EVAL_SUCCESS]:.1%} at step {entry['step']}")
-        lines: list[Any] = [progress, Text("   ".join(figures(history)))]
+        lines: list[Any] = [progress, Text(phase), Text("   ".join(figures(history)))]
         lines.append(Text("   ".join(filter(None, learned))))
 
         # What it writes, for long enough to be read.
@@ -110,7 +163,15 @@ class LiveView(TrainerCallback):
             self._sample, self._sample_since = latest, time.monotonic()
         if self._sample is not None:
             lines += ["", *_shown(self._sample)]
-        return Panel(Group(*lines), title=f"Mini-R1: {self._name}", title_align="left")
+        return Panel(
+            Group(*lines),
+            title=f"Mini-R1: {self._name}",
+            title_align="left",
+            subtitle=LEGEND,
+            subtitle_align="left",
+            # Behind a full line what a key echoes would begin another one.
+            width=rich.get_console().width - 1,
+        )
 
     def _time_left(self, state: Any) -> str:
         first_step, seconds_before = self._began
@@ -120,6 +181,27 @@ class LiveView(TrainerCallback):
         pace = (self._clock.train_seconds - seconds_before) / steps
         left = pace * (state.max_steps - state.global_step)
         return f"{left / 60:.1f} minutes left" if left < 6000 else f"{left / 3600:.1f} hours left"
+
+
+def _quiet_ctrl_c(console: Console) -> Callable[[], None]:
+    """Keep Ctrl-C from tearing the panel; returns what gives the terminal back as it was.
+
+    It would write ^C into it, and throw away what is on its way to the screen.
+    """
+    try:
+        terminal = console.file.fileno()
+        before = termios.tcgetattr(terminal)
+    except (OSError, termios.error):  # none of the system's
+        return lambda: None
+    quiet = [*before]
+    quiet[3] = before[3] & ~termios.ECHOCTL | termios.NOFLSH
+    termios.tcsetattr(terminal, termios.TCSANOW, quiet)
+
+    def restore() -> None:
+        with suppress(termios.error):  # the terminal is gone
+            termios.tcsetattr(terminal, termios.TCSANOW, before)
+
+    return restore
 
 
 def figures(history: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -22,11 +22,11 @@ from transformers.generation.streamers import BaseStreamer
 from mini_r1 import InputError
 from mini_r1.completion import claims, parse_completion, printable
 from mini_r1.countdown.expression import ExpressionError, parse
-from mini_r1.countdown.puzzles import Puzzle
+from mini_r1.countdown.puzzles import Puzzle, PuzzleSpace
 from mini_r1.countdown.solver import check_numbers, solve
 from mini_r1.data import load_split
 from mini_r1.evaluate import sampling, tokenize
-from mini_r1.model import load_model, load_tokenizer
+from mini_r1.model import load_model, load_tokenizer, model_path
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TaskConfig
 from mini_r1.run import is_run, recipe_of, weights_and_task, weights_of
@@ -95,6 +95,9 @@ def play(
             raise InputError(str(error), where="--nums") from None
         puzzle = Puzzle(tuple(nums), target)
     print(f"Make {puzzle.target} using each of {', '.join(map(str, puzzle.nums))} once.")
+    known = is_run(Path(model_path(name))) and task.dataset_id_or_path == "generated"
+    if known and (strange := beyond(puzzle, task.space)):
+        print(f"This is not what it was trained on: {strange}.")
 
     def written(model: str, write: Write) -> str:
         return think(model, puzzle, task, max_completion_length, seed, write, kwargs)
@@ -110,6 +113,19 @@ def play(
 
     columns = shutil.get_terminal_size().columns
     print(side_by_side(column(base, base), column(name, weights), width=columns))
+
+
+def beyond(puzzle: Puzzle, space: PuzzleSpace) -> str:
+    """What sets a puzzle apart from those of a space, in words; nothing if it is one of them."""
+    counts, (low, high), targets = space.num_numbers, space.number_range, space.target_range
+    found = []
+    if len(puzzle.nums) not in counts:
+        found.append(f"{len(puzzle.nums)} numbers instead of {' or '.join(map(str, counts))}")
+    if strange := [str(number) for number in puzzle.nums if not low <= number <= high]:
+        found.append(f"{', '.join(strange)} instead of {low} to {high}")
+    if not targets[0] <= puzzle.target <= targets[1]:
+        found.append(f"target {puzzle.target} instead of {targets[0]} to {targets[1]}")
+    return "; ".join(found)
 
 
 def _to_screen(part: str) -> None:

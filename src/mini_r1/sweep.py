@@ -14,6 +14,7 @@ check the tables, or make them again, without the runs. report/results.py makes 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from typing import Any, TypedDict
 
 import yaml
 
-from mini_r1 import InputError, one_line
+from mini_r1 import INTERRUPTED, InputError, one_line
 from mini_r1.manifest import weights_hash
 from mini_r1.metrics import METRICS, SWEEP_CURVE
 from mini_r1.model import model_path
@@ -37,6 +38,7 @@ from mini_r1.run import (
     load_evaluation,
     load_run,
     load_summary,
+    paused_step,
     weights_of,
     write_json,
 )
@@ -145,6 +147,8 @@ def load_sweep(path: Path) -> Sweep:
 def run_sweep(sweep: Sweep, jobs: int) -> None:
     """Run everything that has no record yet, `jobs` runs at a time.
 
+    Ctrl-C ends the runs under way, those that are training after a save.
+
     Raises:
         InputError: a run failed; the others were still run, and the next call goes on from here.
     """
@@ -155,32 +159,53 @@ def run_sweep(sweep: Sweep, jobs: int) -> None:
         for seed in sweep.seeds
         if not sweep.record_file(settings, seed).exists()
     ]
+    processes: set[subprocess.Popen] = set()
     with ThreadPoolExecutor(jobs) as pool:
-        logs = pool.map(lambda job: _run(sweep, *job, threads), todo)
-        failed = [log for log in logs if log]
+        try:
+            logs = pool.map(lambda job: _run(sweep, *job, threads, processes), todo)
+            failed = [log for log in logs if log]
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            print("ending the runs under way; Ctrl-C again to stop them now", file=sys.stderr)
+            for process in list(processes):
+                process.terminate()  # asks for the same as Ctrl-C, which a terminal sends them, too
+            raise
     if failed:
         raise InputError(
             f"{len(failed)} of {len(todo)} runs failed; read {failed[0]}, and call again to go on"
         )
 
 
-def _run(sweep: Sweep, settings: Settings, seed: int, threads: int) -> Path | None:
-    """Train and record; the log of a run that failed."""
+def _run(
+    sweep: Sweep, settings: Settings, seed: int, threads: int, processes: set[subprocess.Popen]
+) -> Path | None:
+    """Train and record; the log of a run that failed.
+
+    Args:
+        processes: holds the training's while it runs.
+    """
     run_dir = sweep.run_dir(settings, seed)
     run_dir.mkdir(parents=True, exist_ok=True)
     log = run_dir.with_suffix(".log")
     overrides = [*_overrides(settings), "--seed", str(seed), "--output_dir", str(run_dir)]
     with log.open("w", encoding="utf-8") as output:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-m", "mini_r1", "train", str(sweep.recipe), *overrides],
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-    if done.returncode == 0:
+        processes.add(process)
+        process.wait()
+        processes.remove(process)
+    code, paused = process.returncode, paused_step(run_dir) is not None
+    if code == 0 and not paused:
         write_json(sweep.record_file(settings, seed), record_of(run_dir))
-    print(f"{'done' if done.returncode == 0 else 'FAILED'}  {run_dir}", flush=True)
-    return None if done.returncode == 0 else log
+        print(f"done  {run_dir}", flush=True)
+        return None
+    stopped = paused or code in (INTERRUPTED, -signal.SIGTERM)
+    print(f"{'stopped' if stopped else 'FAILED'}  {run_dir}", flush=True)
+    return log
 
 
 def _overrides(settings: Settings) -> list[str]:

@@ -15,8 +15,8 @@ GRPO in seven lines (Shao et al., arXiv:2402.03300), and the method of GRPOTrain
 7. One optimizer step; after a few of them, again from 1.       training_step
 
 A run is a folder and continues by itself: the same command again resumes from the last complete
-checkpoint, and says so when there is nothing left to do. `mini-r1 pause RUN`, SIGTERM and SIGUSR1
-make it save and stop. Left out on purpose: any trainer, loss or sampler of our own.
+checkpoint, and says so when there is nothing left to do. `mini-r1 pause RUN`, SIGTERM, SIGUSR1
+and Ctrl-C make it save and stop. Left out on purpose: any trainer, loss or sampler of our own.
 """
 
 import importlib.util
@@ -50,7 +50,7 @@ from mini_r1.callbacks import (
 from mini_r1.countdown.puzzles import Puzzle
 from mini_r1.data import load_split, prompt_dataset
 from mini_r1.evaluate import heldout_puzzles, progress_bar, sample_batches, summarize
-from mini_r1.launch.plan import SERVER_HOST, owns_server
+from mini_r1.launch.plan import SERVER_HOST, is_main_process, owns_server
 from mini_r1.launch.vllm_server import VLLMServer
 from mini_r1.live import LiveView
 from mini_r1.manifest import DataRecord, build_manifest
@@ -97,6 +97,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
         InputError: the recipe, its model or its data cannot be used. `doctor.problems` tells most
             of it sooner.
         ServerDied: the vLLM server did not start.
+        KeyboardInterrupt: Ctrl-C ended the run, paused or not; the message says how far it is.
     """
     run_dir = recipe.run_dir
     finished = finished_summary(recipe)
@@ -150,7 +151,8 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     # What happens beside the loop, in the order in which it must be called.
     def evaluate(name: str) -> Evaluation:
         file = evaluation_file(run_dir, name)
-        return _evaluate(trainer, recipe, tokenizer, heldout, file)
+        with live.phase("evaluating"):
+            return _evaluate(trainer, recipe, tokenizer, heldout, file)
 
     clock, pause = TrainClock(), PauseOnRequest(run_dir)
     held_out = HeldOutEvaluation(eval_every, evaluate, partial(quirks.log_plainly, trainer))
@@ -158,11 +160,12 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
         trainer.add_callback(TensorBoard(recipe.as_dict(), recorder))
     live = LiveView(run_dir.name, clock, recorder)
     signer = CheckpointSigner(start.sign)
-    for callback in (clock, pause, live, signer, CheckpointMarker(), held_out):
+    for callback in (clock, signer, CheckpointMarker(), pause, live, held_out):
         trainer.add_callback(callback)
 
     # The loop, which is TRL's, and the end.
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with live, pause:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if server:
         server.stop()
     summary = None
@@ -170,13 +173,17 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
         if is_main:
             step, steps = trainer.state.global_step, trainer.state.max_steps
             mark_paused(run_dir, step)
-            print(f"paused after step {step} of {steps}; the same command goes on from there")
+            if not pause.interrupted:
+                print(f"paused after step {step} of {steps}; the same command goes on from there")
     else:
         summary = _finish(trainer, recipe, tokenizer, held_out, clock, start)
     # Without this, two of five ZeRO-3 runs abort at exit after their success.
     trainer.accelerator.wait_for_everyone()
     quirks.end_colocated_vllm(trainer)
     trainer.accelerator.end_training()
+    if pause.paused and pause.interrupted:
+        state = trainer.state
+        raise KeyboardInterrupt(f"paused after step {state.global_step} of {state.max_steps}")
     return summary
 
 
@@ -240,7 +247,7 @@ def _arguments(recipe: Recipe) -> tuple[ModelConfig, GRPOConfig, int | None]:
         model_args = ModelConfig(**recipe.model)
         wanted = model_args.attn_implementation
         if wanted == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-            if os.environ.get("RANK", "0") == "0":
+            if is_main_process():
                 print("attn_implementation: flash-attn is not installed, using sdpa")
             model_args.attn_implementation = "sdpa"
         # The original recipe's dtype, attention and revision never reached its model.

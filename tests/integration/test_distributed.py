@@ -5,8 +5,10 @@ With the launch configs that users get.
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,14 @@ from safetensors.torch import load_file
 
 from mini_r1.model import load_model, model_path
 from mini_r1.rollouts import ALL_FILE
-from mini_r1.run import MANIFEST_FILE, RECIPE_FILE, STATE_FILE, SUMMARY_FILE
+from mini_r1.run import (
+    COMPLETE_MARKER,
+    MANIFEST_FILE,
+    PAUSED_MARKER,
+    RECIPE_FILE,
+    STATE_FILE,
+    SUMMARY_FILE,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -112,3 +121,35 @@ def test_qlora_in_real_four_bit(tmp_path, launcher):
 def test_lora_under_zero3(tmp_path):
     train("zero3", tmp_path / "run", **LORA)
     assert_adapters_were_trained(tmp_path / "run")
+
+
+def test_ctrl_c_reaches_all_processes_and_nothing_else_is_said(tmp_path):
+    """As `mini-r1 train` launches them on several GPUs."""
+    code = (
+        "import sys; from dataclasses import replace\n"
+        "from mini_r1.cli import exit_code; from mini_r1.recipe import load_recipe\n"
+        "from mini_r1.launch.plan import Machine, launch, make_plan\n"
+        "plan = make_plan(load_recipe(sys.argv[1], sys.argv[2:]), Machine(0))\n"
+        "two = replace(plan, processes=2, launcher='cpu')\n"
+        "sys.exit(exit_code(lambda: launch(two)))"
+    )
+    run_dir = tmp_path / "run"
+    options = {**SHORT, "per_device_train_batch_size": 16, "max_steps": 40, "output_dir": run_dir}
+    overrides = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(RECIPE), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (run_dir / SAMPLES).exists():  # the first step has begun
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=100)
+    assert process.returncode == 130
+    paused = (run_dir / PAUSED_MARKER).read_text().strip()
+    assert (run_dir / f"checkpoint-{paused}" / COMPLETE_MARKER).exists()
+    assert errors.count("saving after this step") == 1
+    assert errors.count(f"paused after step {paused} of 40; to go on: {sys.executable} -c ") == 1
+    assert "Traceback" not in errors + printed

@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import sqlite3
 import struct
@@ -310,32 +311,104 @@ def test_lora_dtype_and_scheduled_evaluation(tmp_path):
     assert evaluate_model(str(run_dir), num_puzzles=20)["num_puzzles"] == 20
 
 
-def test_on_a_terminal_a_panel_lives(tmp_path):
-    """A real terminal (a pty, read by a terminal emulator).
+def on_a_terminal(arguments, ctrl_c_when=(), columns=1000):
+    """Run a command on a real terminal: a pty, read by a terminal emulator.
 
-    One panel, redrawn in place, and the closing lines below it.
+    Args:
+        ctrl_c_when: what the screen must show for Ctrl-C to be pressed, once for each.
+        columns: of the screen; the command that goes on fits a line.
+
+    Returns:
+        the exit code, the screen, and the seconds from the last Ctrl-C to the end.
     """
-    screen = pyte.Screen(100, 50)
+    screen = pyte.Screen(columns, 50)
     stream = pyte.ByteStream(screen)
     pid, parent_end = pty.fork()
     if pid == 0:
-        os.execve(sys.executable, command(tmp_path / "run"), {**os.environ, "TERM": "xterm"})
-    fcntl.ioctl(parent_end, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 100, 0, 0))
+        os.execve(arguments[0], arguments, {**os.environ, "TERM": "xterm"})
+    fcntl.ioctl(parent_end, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    waiting, pressed = list(ctrl_c_when), 0.0
     with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
         while content := os.read(parent_end, 65536):
             stream.feed(content)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            if waiting and re.search(waiting[0], "\n".join(screen.display)):
+                os.write(parent_end, b"\x03")
+                waiting, pressed = waiting[1:], time.monotonic()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert waiting == []
+    return code, screen, time.monotonic() - pressed
+
+
+def test_on_a_terminal_a_panel_lives(tmp_path):
+    """One panel, redrawn in place, and the closing lines below it."""
+    code, screen, _ = on_a_terminal(command(tmp_path / "run"), columns=100)
+    assert code == 0
     shown = "\n".join(line.rstrip() for line in screen.display)
     assert shown.count("╭─ Mini-R1: run ") == 1
     for pattern in (
         r"│ step 6/6 ━+ 0\.0 minutes left",
+        r"│ ended, 0:0\d:\d\d elapsed",
         r"success \d+%",
+        r"training success [▁▂▃▄▅▆▇█]+ ",
         r"held-out success [\d.]+% at step 6",
         r"make \d+ from .*(solved|failed)",
+        "no signal: groups of equal rewards",
     ):
         assert re.search(pattern, shown), pattern
     assert shown.index("╰─") < shown.index("held-out success  ")
     assert not screen.cursor.hidden
+
+
+def test_ctrl_c_saves_and_the_command_it_names_goes_on(straight, tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = command(run_dir)
+    code, screen, _ = on_a_terminal(arguments, ["│ (sampling|learning), "])
+    assert code == 130
+    shown = "\n".join(line.rstrip() for line in screen.display)
+    assert shown.count("╭─ Mini-R1: run ") == 1
+    assert "saving after this step; Ctrl-C again to stop now" in shown[: shown.index("╭─")]
+    assert not screen.cursor.hidden
+    assert "Traceback" not in shown
+    assert "^C" not in shown
+    (step, typed) = re.search(r"paused after step (\d) of 6; to go on: (.+)", shown).groups()
+    assert shlex.split(typed) == arguments
+    assert (run_dir / PAUSED_MARKER).read_text() == f"{step}\n"
+
+    done = subprocess.run(shlex.split(typed), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming from {run_dir / f'checkpoint-{step}'}" in done.stdout
+    assert_same_outcome(run_dir, straight[0])
+
+
+def test_the_second_ctrl_c_and_one_before_the_first_step_end_it_at_once(tmp_path):
+    long = {"gradient_accumulation_steps": 64, "steps_per_generation": 64}
+    arguments = command(tmp_path / "run", **long, max_completion_length=100, num_eval_puzzles=4)
+    when = {
+        ("│ (sampling|learning), ", "saving after this step"): "stopped; nothing was saved yet; ",
+        ("│ evaluating, ",): "interrupted; ",
+    }
+    for ctrl_c_when, said in when.items():
+        code, screen, seconds = on_a_terminal(arguments, ctrl_c_when)
+        assert code == 130
+        assert seconds < 10
+        shown = "\n".join(line.rstrip() for line in screen.display)
+        assert f"\n{said}to go on: {shlex.join(arguments)}" in shown
+        assert "Traceback" not in shown
+        assert not screen.cursor.hidden
+        assert not (tmp_path / "run" / PAUSED_MARKER).exists()
+
+
+@pytest.mark.parametrize("seconds", [0.5, 2])
+def test_ctrl_c_in_the_slow_imports_is_one_line(tmp_path, seconds):
+    process = subprocess.Popen(
+        command(tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.startswith("interrupted; to go on: ")
+    assert len(errors.splitlines()) == 1
 
 
 def test_wandb_and_trackio_get_the_scalars_and_stay_in_the_run_folder(tmp_path, monkeypatch):

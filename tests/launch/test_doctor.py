@@ -428,10 +428,10 @@ def test_checkpoints_must_fit_on_the_disk(tmp_path):
     output = ["--output_dir", str(tmp_path / "run")]
     *_, problem = told(tmp_path, *output)
     assert "3 checkpoints of " in problem
-    assert f"GB are free in {tmp_path}; write a lower save_total_limit, or choose" in problem
+    assert "GB are free there; write a lower save_total_limit, or choose" in problem
     *_, problem = told(tmp_path, *output, "--save_total_limit", "1")
     assert "2 checkpoints of " in problem
-    assert "free in" not in " ".join(told("tiny_base", *output))
+    assert "free there" not in " ".join(told("tiny_base", *output))
 
 
 # ---- The prompt -----------------------------------------------------------------------------

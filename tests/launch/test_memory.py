@@ -10,8 +10,8 @@ from mini_r1.launch.memory import (
     GIB,
     QWEN,
     UNGATED,
+    checkpoint_bytes,
     computes_in_16_bit,
-    disk_bytes,
     estimate_memory,
     model_shape,
     peak,
@@ -192,23 +192,17 @@ def test_what_training_takes_on_a_cpu_was_measured(batch, tokens, overrides, mea
         assert peak(memory, recipe) == pytest.approx(measured, rel=0.25)
 
 
-def test_what_a_run_keeps_on_the_disk():
+def test_what_a_checkpoint_holds():
     # Of 3B: 3.09e9 parameters of 4 bytes, with Adam's moments 12; ZeRO-3 2 and 14.
-    shape = QWEN["3B"]
-    recipe = load_recipe(RECIPES / "grpo-qwen-2.5-3b-1gpu.yaml")
-    number, checkpoint, model = disk_bytes(shape, recipe, sharded=False)
-    assert (number, round(checkpoint / 1e9), round(model / 1e9)) == (3, 37, 12)
-    _, checkpoint, model = disk_bytes(shape, recipe, sharded=True)
-    assert (round(checkpoint / 1e9), round(model / 1e9)) == (43, 6)
-    for changes, expected in (
-        (["--save_total_limit", "1"], 2),
-        (["--max_steps", "10", "--save_steps", "10"], 1),
-        (["--save_strategy", "no"], 0),
-        (["--save_steps", "0.5"], 2),
-    ):
-        assert disk_bytes(shape, load_recipe(recipe.path, changes), sharded=False)[0] == expected
-    lora = load_recipe(recipe.path, ["--use_peft", "--save_only_model"])
-    assert disk_bytes(shape, lora, sharded=True)[1] < 0.2e9
+    def gigabytes(*changes, sharded=False):
+        recipe = load_recipe(RECIPES / "grpo-qwen-2.5-3b-1gpu.yaml", changes)
+        return [round(part / 1e9) for part in checkpoint_bytes(recipe, sharded).values()]
+
+    assert gigabytes() == [12, 25]
+    assert gigabytes(sharded=True) == [6, 37]
+    assert gigabytes("--save_only_model") == [12, 0]
+    assert gigabytes("--use_peft", sharded=True) == [0, 0]
+    assert checkpoint_bytes(load_recipe(TINY, ["--model_name_or_path", "./nothing"]), False) is None
 
 
 @pytest.mark.parametrize(("gpus", "gigabytes"), [(None, 120), (64, 1.9)])

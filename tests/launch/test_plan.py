@@ -1,13 +1,21 @@
-import os
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mini_r1 import InputError
 from mini_r1.launch import plan
-from mini_r1.launch.plan import Machine, check_processes, make_plan
+from mini_r1.launch.plan import (
+    LAUNCH_VARIABLES,
+    Machine,
+    check_processes,
+    leftover_variables,
+    make_plan,
+)
 from mini_r1.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -29,17 +37,8 @@ def test_the_original_run():
     assert "192 completions per optimizer step, 24 prompts x 8" in text
     server = "CUDA_VISIBLE_DEVICES=3 python -m vllm.entrypoints.openai.api_server"
     assert f"{server} --model Qwen/Qwen2.5-3B-Instruct" in text
-    assert "66% at 5%, 10% at 25%, 1% at 50%" in text
-
-
-def test_a_launch_finds_no_module_of_the_current_folder(tmp_path, monkeypatch):
-    started = []
-    monkeypatch.setattr(os, "execv", lambda program, arguments: started.append(arguments))
-    monkeypatch.chdir(tmp_path)
-    plan.launch(planned(ORIGINAL, 4))
-    (tmp_path / "random.py").write_text("raise SystemExit('taken for the library')\n")
-    accelerate = [*started[0][: started[0].index("launch")], "--help"]
-    subprocess.run(accelerate, check=True, capture_output=True)
+    same = "groups whose 8 completions all fail or all succeed teach nothing"
+    assert f"{same}: 66% at 5%, 10% at 25%, 1% at 50%" in text
 
 
 def test_the_batch_of_the_published_run_on_eight_gpus():
@@ -186,17 +185,260 @@ def test_a_launch_that_leaves_no_gpu_for_the_server_is_refused(monkeypatch):
         check_processes(load_recipe(ORIGINAL), 4)
 
 
-def test_visible_gpus(monkeypatch, tmp_path):
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\nprintf '0, 81559\\n1, 81559\\n2, 24564\\n'\n")
-    fake.chmod(0o755)
+# ---- The machine ----------------------------------------------------------------------------
+
+CARDS = "0, 81559\n1, 81559\n2, 24564"
+UUIDS = (
+    "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aa11)\n"
+    "GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-aa22)\n"
+    "GPU 2: NVIDIA GeForce RTX 4090 (UUID: GPU-bb33)"
+)
+SLICED = "0, 81559, Enabled\n1, 81559, Disabled"
+SLICES = (
+    "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aa11)\n"
+    "  MIG 1g.10gb     Device  0: (UUID: MIG-c6d4)\n"
+    "  MIG 1c.3g.40gb  Device  1: (UUID: MIG-e7f5)\n"
+    "GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-aa22)"
+)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine whose nvidia-smi prints this, and what CUDA_VISIBLE_DEVICES leaves of it."""
+
+    def visible(chosen, cards=CARDS, listed=UUIDS):
+        fake = tmp_path / "nvidia-smi"
+        fake.write_text(f"#!/bin/sh\ncat '{tmp_path}'/\"$1\" | grep .\n")
+        fake.chmod(0o755)
+        (tmp_path / "-L").write_text(listed)
+        query = "--query-gpu=index,memory.total,mig.mode.current"
+        (tmp_path / query).write_text(cards)
+        if chosen is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        return plan.visible_gpus(), plan.this_machine()
+
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert plan.this_machine() == Machine(3, pytest.approx(24, abs=0.1))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert plan.this_machine() == Machine(2, pytest.approx(80, abs=0.5))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert plan.this_machine().gpus == 0
+    return visible
+
+
+@pytest.mark.parametrize(
+    ("chosen", "names"),
+    [
+        (None, "0 1 2"),
+        ("0,1", "0 1"),
+        ("2,1", "2 1"),
+        ("0,2,-1,1", "0 2"),  # CUDA's documentation has this one
+        ("", ""),
+        ("-1", ""),
+        ("7", ""),
+        ("1,7,0", "1"),
+        ("0,0", ""),
+        ("all", ""),
+        ("0,all,1", "0"),
+        ("none", ""),
+        ("void", ""),
+        (" 0 , 1 ", "0 1"),
+        ("0,1,", "0 1"),
+        (",0", ""),
+        ("0,,1", "0"),
+        ("0;1", "0"),
+        ("01,+2", "1 2"),
+        ("GPU-aa22", "GPU-aa22"),
+        ("GPU-b", "GPU-bb33"),
+        ("GPU-bb33,GPU-aa1", "GPU-bb33 GPU-aa11"),
+        ("GPU-aa", ""),  # of two cards
+        ("GPU-aa11,GPU-cc,GPU-bb", "GPU-aa11"),
+        ("GPU-aa11,GPU-aa11", ""),
+        ("GPU-aa11,1", "GPU-aa11"),
+        ("1,GPU-aa11", "1"),
+    ],
+)
+def test_the_visible_gpus_are_those_that_cuda_counts(chosen, names, machine, monkeypatch):
+    found, _ = machine(chosen)
+    assert found == names.split()
+    if chosen is not None:  # what the training will count, with NVML answering for these three
+        import torch
+
+        monkeypatch.setattr(torch.cuda, "_raw_device_count_nvml", lambda: 3)
+        uuids = ["GPU-aa11", "GPU-aa22", "GPU-bb33"]
+        monkeypatch.setattr(torch.cuda, "_raw_device_uuid_nvml", lambda: uuids)
+        assert torch.cuda._device_count_nvml() == len(found)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "gpus", "memory"), [(None, 3, 24), ("0,1", 2, 80), ("GPU-bb", 1, 24), ("7", 0, 0)]
+)
+def test_the_memory_is_that_of_the_smallest_visible_card(chosen, gpus, memory, machine):
+    assert machine(chosen)[1] == Machine(gpus, pytest.approx(memory, abs=0.5))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "names", "memory"),
+    [
+        ("MIG-e7f5", "MIG-e7f5", 40),
+        ("MIG-c6", "MIG-c6d4", 10),
+        ("MIG-c6d4,MIG-e7f5", "MIG-c6d4", 10),
+        ("MIG-0000", "", 0),
+        ("0", "MIG-c6d4", 10),
+        ("1", "1", 80),
+        (None, "MIG-c6d4", 10),
+        ("GPU-aa11", "MIG-c6d4", 10),
+    ],
+)
+def test_a_slice_of_a_card_is_all_that_cuda_counts(chosen, names, memory, machine):
+    found, size = machine(chosen, SLICED, SLICES)
+    assert found == names.split()
+    assert size == Machine(len(found), pytest.approx(memory, abs=0.5))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "cards"), [("MIG-c6d4", "0, 81559, Enabled"), (None, "0, [N/A]")]
+)
+def test_a_memory_that_is_not_known_stops_no_plan(chosen, cards, machine):
+    _, found = machine(chosen, cards, "GPU 0: NVIDIA GB10 (UUID: GPU-aa11)")
+    assert found == Machine(1, 0.0)
+    text = str(make_plan(load_recipe(RECIPES / "grpo-qwen-2.5-3b-1gpu.yaml"), found))
+    assert "1 GPU of a size not known" in text
+    assert re.search(r"about \d+\.\d GiB per training process", text)
+
+
+def test_without_nvidia_smi_there_is_no_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for chosen in ("0", "GPU-aa11", "MIG-c6d4"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        assert plan.visible_gpus() == []
+
+
+# ---- The launch -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, None),
+        ({"RANK": "1"}, None),  # as containers export it
+        ({"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "localhost"}, None),
+        ({"PMI_SIZE": "1", "PMI_RANK": "0", "LOCAL_RANK": "-1"}, None),  # a step of SLURM
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE: '2' is left from another launch, .*'unset WORLD_SIZE'"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: '' is"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK: '0' is"),
+        ({"PMI_SIZE": "4"}, "PMI_SIZE: '4' is"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "'unset OMPI_COMM_WORLD_SIZE'"),
+        ({"MV2_COMM_WORLD_SIZE": "2"}, "'unset MV2_COMM_WORLD_SIZE'"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "'unset LOCAL_RANK WORLD_SIZE'"),
+    ],
+)
+def test_what_another_launch_left_is_named(given, told, monkeypatch):
+    for variable in (*LAUNCH_VARIABLES, *plan.TAKEN_FOR_A_LAUNCH):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in given.items():
+        monkeypatch.setenv(variable, value)
+    found = [str(error) for error in leftover_variables()]
+    assert len(found) == (told is not None)
+    assert all(re.search(told, error) for error in found)
+    assert (plan.is_main_process(), plan.num_processes()) == (True, 1)
+
+
+def test_a_launch_is_known_by_all_that_it_sets(monkeypatch):
+    values = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}
+    for variable, value in {**values, "MASTER_ADDR": "node1"}.items():
+        monkeypatch.setenv(variable, value)
+    assert list(leftover_variables()) == []
+    assert (plan.is_main_process(), plan.num_processes()) == (False, 2)
+
+
+# ---- Steps, evaluations, checkpoints --------------------------------------------------------
+
+
+def line(text, name):
+    (found,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+    return found.removeprefix(name).strip()
+
+
+OF_A_FILE = ["--dataset_id_or_path", "x.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        # 140 steps of 4 micro-batches each; 8 of them are sampled at a time, for 16 puzzles.
+        ([], "140 (0.08 epochs): 1,120 of about 14,400 training puzzles are seen, once each"),
+        (
+            ["--max_steps", "3000"],
+            "3,000 (1.7 epochs): each of about 14,400 training puzzles is seen 1.7 times",
+        ),
+        (["--max_steps", "-1", "--num_train_epochs", "0.5"], "about 900 (0.50 epochs): 7,200 of"),
+        (["--max_steps", "-1", *OF_A_FILE], "not known before the data are read: 3 epochs"),
+        (OF_A_FILE, "140, which see 1,120 puzzles; how often each one is not known before the"),
+    ],
+)
+def test_the_plan_says_how_long_it_trains(overrides, told):
+    assert line(str(planned(TINY, 0, 0, *overrides)), "steps").startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], "5 (before, every 35 steps, after), each of 1,000 held-out puzzles x 2"),
+        (["--eval_steps", "70"], "3 (before, every 70 steps, after), "),
+        (["--eval_strategy", "no"], "2 (before and after), "),
+    ],
+)
+def test_the_plan_says_how_often_it_evaluates(overrides, told):
+    assert line(str(planned(TINY, 0, 0, *overrides)), "evaluations").startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "overrides", "told"),
+    [
+        (TINY, 0, [], "7, every 20 steps, the last 2 kept: about 9.2 MB each (weights 3.1 MB"),
+        (TINY, 0, ["--save_steps", "0.5"], "2, every 70 steps, the last 2 kept: about 9.2 MB each"),
+        (
+            TINY,
+            0,
+            ["--save_only_model", "true"],
+            "7, every 20 steps, the last 2 kept: about 3.1 MB",
+        ),
+        (TINY, 0, ["--save_strategy", "no"], "only at a pause, "),
+        (TINY, 0, ["--save_strategy", "epoch"], "one per epoch, the last 2 kept: about 9.2 MB"),
+        (
+            ORIGINAL,
+            4,
+            [],
+            "18, every 25 steps, the last 2 kept: about 43 GB each (weights 6.2 GB, optimizer 37 "
+            "GB), at most 136 GB with the trained model",
+        ),
+        (
+            RECIPES / "grpo-qwen-2.5-3b-qlora.yaml",
+            1,
+            [],
+            "4, every 25 steps, the last 2 kept: about 359 MB each (weights 120 MB",
+        ),
+        (
+            TINY,
+            0,
+            ["--model_name_or_path", "some/model"],
+            "7, every 20 steps, the last 2 kept; their size is not known without loading the model",
+        ),
+    ],
+)
+def test_the_plan_says_how_large_the_checkpoints_get(recipe, gpus, overrides, told):
+    found = line(str(planned(recipe, gpus, 80, *overrides)), "checkpoints")
+    assert found.startswith(told)
+    assert "free" not in found  # the disk of another machine is not known
+
+
+@pytest.mark.parametrize(("free", "told"), [(32e6, "; 32 MB of disk"), (30e6, "; only 30 MB of")])
+def test_this_machines_disk_must_hold_them(free, told, monkeypatch, tmp_path):
+    usage, asked = shutil.disk_usage("/")._replace(free=free), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage)
+    recipe = load_recipe(TINY, ["--output_dir", str(tmp_path / "runs" / "new")])
+    text = str(make_plan(recipe, replace(plan.this_machine(), gpus=0)))
+    assert told in line(text, "checkpoints")
+    assert asked == [tmp_path]
 
 
 def test_planning_imports_no_ml_library():
@@ -207,3 +449,17 @@ def test_planning_imports_no_ml_library():
         "assert not {'torch', 'transformers', 'datasets', 'trl'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_how_many_checkpoints_lie_on_the_disk_at_once():
+    def at_most(steps, *changes):
+        recipe = load_recipe(TINY, changes)
+        return plan.checkpoints_at_most(recipe, steps)
+
+    assert at_most(140) == at_most(None) == 3  # the last two, and the one that is being written
+    assert at_most(140, "--save_total_limit", "1") == 2
+    assert at_most(10, "--save_steps", "10") == 1
+    assert at_most(10, "--save_strategy", "no") == 0
+    assert at_most(10, "--save_steps", "0.5") == at_most(None, "--save_steps", "0.5") == 2
+    assert at_most(None, "--save_total_limit", "null") is None
+    assert at_most(140, "--save_total_limit", "null") == 7

@@ -28,8 +28,17 @@ from packaging.version import Version
 
 from mini_r1 import InputError, hub, one_line
 from mini_r1.data import check_head
-from mini_r1.launch.memory import disk_bytes, model_shape
-from mini_r1.launch.plan import Machine, make_plan
+from mini_r1.launch.memory import checkpoint_bytes, model_shape
+from mini_r1.launch.plan import (
+    Machine,
+    Plan,
+    checkpoints_at_most,
+    free_disk,
+    leftover_variables,
+    make_plan,
+    num_processes,
+    optimizer_steps,
+)
 from mini_r1.model import (
     EMBEDDED_BASES,
     adapter_base,
@@ -109,7 +118,7 @@ def examine(recipe_path: str | None, machine: Machine, planned: bool) -> None:
         return
     plan = make_plan(load_recipe(recipe_path), machine)
     print(plan)
-    found = [] if planned else list(problems(plan.recipe, plan.launcher))
+    found = [] if planned else list(problems(plan.recipe, plan))
     for problem in found:
         print(f"problem     {problem}")
     if found:
@@ -118,22 +127,24 @@ def examine(recipe_path: str | None, machine: Machine, planned: bool) -> None:
     print("verdict     it will run" if not planned else "verdict     it fits")
 
 
-def first_problem(recipe: Recipe, launcher: str | None = None) -> None:
+def first_problem(recipe: Recipe, plan: Plan | None = None) -> None:
     """Refuse a run that would fail later.
 
     Raises:
         InputError: the first of its problems.
     """
-    for problem in problems(recipe, launcher):
+    for problem in problems(recipe, plan):
         raise recipe.place(problem)
 
 
-def problems(recipe: Recipe, launcher: str | None = None) -> Iterator[InputError]:
+def problems(recipe: Recipe, plan: Plan | None = None) -> Iterator[InputError]:
     """What would make this recipe fail on this machine, each with what to do about it.
 
     Args:
-        launcher: the accelerate config that will start it, if any.
+        plan: of the processes that are to be started; None if this is one of them.
     """
+    launcher = plan.launcher if plan else None
+    yield from leftover_variables() if launcher is None else ()
     yield from _missing_packages(recipe, launcher)
     yield from folder_problems(recipe)
     unusable = list(_model(recipe))
@@ -141,7 +152,7 @@ def problems(recipe: Recipe, launcher: str | None = None) -> Iterator[InputError
     yield from _data(recipe)
     yield from _trackers(recipe)
     yield from _uploads(recipe)
-    yield from _disk(recipe, launcher)
+    yield from _disk(recipe, plan)
     if not unusable:
         yield from _prompt(recipe)
 
@@ -382,25 +393,28 @@ def _nearest(name: str) -> str | None:
     return spelt[near[0]] if near else None
 
 
-def _disk(recipe: Recipe, launcher: str | None) -> Iterator[InputError]:
+def _disk(recipe: Recipe, plan: Plan | None) -> Iterator[InputError]:
     """Whether the checkpoints and the trained model fit on the disk."""
-    shape = model_shape(recipe.model["model_name_or_path"])
-    if shape is None or finished_summary(recipe) is not None:
+    sharded = "ACCELERATE_USE_DEEPSPEED" in os.environ
+    processes = num_processes()
+    if plan:
+        sharded, processes = plan.launcher == "deepspeed_zero3", plan.processes
+    size = checkpoint_bytes(recipe, sharded)
+    if size is None or finished_summary(recipe) is not None:
         return
-    sharded = launcher == "deepspeed_zero3" or bool(os.environ.get("ACCELERATE_USE_DEEPSPEED"))
-    number, checkpoint, model = disk_bytes(shape, recipe, sharded)
-    run_dir = recipe.run_dir
-    ancestor = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    number = checkpoints_at_most(recipe, optimizer_steps(recipe, processes))
+    number = 1 if number is None else number
+    checkpoint, model = sum(size.values()), size["weights"]
     # A run that goes on replaces the checkpoints that it has.
-    files = (file for old in checkpoints(run_dir) for file in old.rglob("*") if file.is_file())
-    free = shutil.disk_usage(ancestor).free + sum(file.stat().st_size for file in files)
+    old = (file for folder in checkpoints(recipe.run_dir) for file in folder.rglob("*"))
+    free = free_disk(recipe.run_dir) + sum(file.stat().st_size for file in old if file.is_file())
     needed = number * checkpoint + model
     if needed > free:
         fewer = "write a lower save_total_limit, or " if number > 2 else ""
         yield InputError(
             f"{number} checkpoints of {checkpoint / 1e9:.1f} GB and the trained model of "
-            f"{model / 1e9:.1f} GB take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in "
-            f"{ancestor}; {fewer}choose another --output_dir",
+            f"{model / 1e9:.1f} GB take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free "
+            f"there; {fewer}choose another --output_dir",
             key="output_dir",
         )
 

@@ -1,4 +1,4 @@
-"""What a training process must hold, in GiB by purpose: estimates, good to a few GiB.
+"""What a training process and a checkpoint must hold, by purpose: estimates, good to a few GiB.
 
 On GPUs nothing of this has been measured yet; on a CPU it has (tests/launch/test_memory.py). Left
 out: whatever a model's config.json does not say. Imports no ML library.
@@ -298,29 +298,22 @@ def estimate_memory(recipe: Recipe, processes: int, gpu_memory: float) -> dict[s
     return {**in_gib, "overhead": CPU_OVERHEAD_GIB if on_cpu else OVERHEAD_GIB}
 
 
-def disk_bytes(shape: Shape, recipe: Recipe, sharded: bool) -> tuple[int, float, float]:
-    """What a run keeps on the disk: how many checkpoints at most, bytes of each, of the model.
+def checkpoint_bytes(recipe: Recipe, sharded: bool) -> dict[str, float] | None:
+    """Bytes of a checkpoint by content, `weights` as in the trained model; None if not known.
 
     Args:
         sharded: by ZeRO-3, whose optimizer keeps a 32-bit copy of 16-bit weights.
     """
-    get = recipe.get
+    shape = model_shape(recipe.model["model_name_or_path"])
+    if shape is None:
+        return None
     narrow = has_16_bit_weights(recipe) or (sharded and computes_in_16_bit(recipe))
     trained, width = shape.parameters, 2 if narrow else 4
-    if get("use_peft"):
-        trained, width, sharded = _adapters(shape, get("lora_r")), 4, False
+    if recipe.get("use_peft"):
+        trained, width, sharded = _adapters(shape, recipe.get("lora_r")), 4, False
     held = state_bytes(trained, width, 1 if sharded else None)
-    checkpoint = held["weights"] + (0 if get("save_only_model") else held["optimizer"])
-    # The oldest goes when a new one is complete.
-    saves, every, steps = math.inf, get("save_steps"), get("max_steps")
-    if get("save_strategy") == "no":
-        saves = 0
-    elif get("save_strategy") == "steps" and every:
-        saves = math.ceil(1 / every) if every < 1 else saves
-        saves = math.ceil(steps / every) if steps > 0 and every >= 1 else saves
-    kept = get("save_total_limit")
-    number = min(saves, math.inf if kept is None else kept + 1)
-    return 1 if number == math.inf else int(number), checkpoint, held["weights"]
+    optimizer = 0.0 if recipe.get("save_only_model") else held["optimizer"]
+    return {"weights": held["weights"], "optimizer": optimizer}
 
 
 def peak(memory: Mapping[str, float], recipe: Recipe) -> float:

@@ -1,4 +1,4 @@
-"""Recipe + machine -> processes, devices, vLLM's place, the command, the batch, memory per GPU.
+"""Recipe + machine -> processes, devices, vLLM's place, the command, batch, steps, memory, disk.
 
     mini-r1 train RECIPE --dry-run                           # for this machine
     mini-r1 doctor RECIPE --gpus 4 --gpu-memory 80           # for another one
@@ -9,18 +9,23 @@ ZeRO-3, LoRA and QLoRA are copied (DDP). Nothing starts here, until `launch`. Im
 library: a mistake is told in well under a second.
 """
 
+import logging
 import math
 import os
+import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from mini_r1 import InputError
-from mini_r1.launch.memory import estimate_memory, has_16_bit_weights, peak
+from mini_r1 import BAD_INPUT, INTERRUPTED, InputError, RunFailed
+from mini_r1.launch.memory import checkpoint_bytes, estimate_memory, has_16_bit_weights, peak
 from mini_r1.model import model_path, whole_model
 from mini_r1.recipe import ROOT, Recipe
 from mini_r1.run import weights_of
@@ -41,43 +46,105 @@ class Machine:
 
     Attributes:
         gpus: how many.
-        gpu_memory: of the smallest one, in GiB, which is what cards call GB.
+        gpu_memory: of the smallest one, in GiB, which is what cards call GB; 0 if it is not known.
+        is_here: whether it is this machine, whose disk can be looked at.
     """
 
     gpus: int
     gpu_memory: float = 0.0
+    is_here: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         if not self.gpus:
             return "no GPU"
-        return f"{self.gpus} GPU{'s' if self.gpus > 1 else ''} of {self.gpu_memory:.0f} GiB"
+        memory = f"of {self.gpu_memory:.0f} GiB" if self.gpu_memory else "of a size not known"
+        return f"{self.gpus} GPU{'s' if self.gpus > 1 else ''} {memory}"
 
 
 def this_machine() -> Machine:
     """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves to us, as nvidia-smi lists them."""
-    gpus, memory = visible_gpus(), _installed_gpus()
-    largest = max(memory.values(), default=0.0)  # for a name that nvidia-smi does not list
-    return Machine(len(gpus), min((memory.get(gpu, largest) for gpu in gpus), default=0.0))
+    visible = _visible()
+    memory = min((device.memory for device in visible), default=0.0)
+    return Machine(len(visible), memory, is_here=True)
 
 
 def visible_gpus() -> list[str]:
     """The names, as CUDA_VISIBLE_DEVICES takes them, of the GPUs this process may use."""
-    installed = list(_installed_gpus())
+    return [device.name for device in _visible()]
+
+
+@dataclass(frozen=True)
+class _Device:
+    """A card or a MIG slice: its name as CUDA_VISIBLE_DEVICES takes it, its GiB, 0 if not known."""
+
+    name: str
+    memory: float
+
+
+def _visible() -> list[_Device]:
+    """The devices that CUDA will count.
+
+    It reads CUDA_VISIBLE_DEVICES up to the first entry that names no device or is of another kind
+    than the first one. A device named twice leaves none: so has it torch, which was tried against
+    the driver and counts for the training (`torch.cuda._parse_visible_devices`). One MIG slice
+    hides every other device (NVIDIA's MIG User Guide, CUDA Device Enumeration).
+    """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None or not installed:
-        return installed
-    return [name for name in chosen.split(",") if name not in ("", "-1")]
+    kind = next((kind for kind in ("GPU-", "MIG-") if (chosen or "").startswith(kind)), "")
+    named = _devices(kind)
+    if kind == "MIG-" and not named and _devices(""):
+        return [_Device(str(chosen).partition(",")[0], 0.0)]
+    taken: list[str] = []
+    for entry in named if chosen is None else chosen.split(","):
+        if kind:  # a UUID may be cut short
+            found = [name for name in named if name.startswith(entry) and entry.startswith(kind)]
+        else:  # as strtoul reads it
+            index = re.match(r"\s*([+-]?[0-9]+)", entry)
+            found = [name for name in named if index and int(name) == int(index[1])]
+        if len(found) != 1:
+            break
+        if found[0] in taken:
+            return []
+        taken += found
+    devices = [device for name in taken for device in named[name]]
+    return [device for device in devices if device.name.startswith("MIG-")][:1] or devices
 
 
-def _installed_gpus() -> dict[str, float]:
-    """Index -> memory in GiB."""
-    query = ["nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits"]
+def _devices(kind: str) -> dict[str, list[_Device]]:
+    """What nvidia-smi lists: each name of a kind, and the devices that CUDA finds under it.
+
+    Args:
+        kind: how the names begin: `GPU-` and `MIG-` are UUIDs, nothing is the index of a card.
+    """
+    query = "--query-gpu=index,memory.total,mig.mode.current"
+    sizes: dict[str, float] = {}
+    sliced = set()
+    for line in _nvidia_smi(query, "--format=csv,noheader,nounits"):
+        if card := re.match(r"(\d+), (\d+)?", line):  # of shared memory it says [N/A]
+            sizes[card[1]] = float(card[2] or 0) / 1024
+            sliced |= {card[1]} if line.endswith(", Enabled") else set()
+    # The UUIDs, and the slices with their GB as their profile says: 3g.20gb.
+    uuids: dict[str, str] = {}
+    slices: dict[str, list[_Device]] = {index: [] for index in sliced}
+    for line in _nvidia_smi("-L") if kind or sliced else []:
+        if card := re.match(r"GPU (\d+): .*\(UUID: (\S+)\)", line):
+            uuids[card[1]] = card[2]
+        elif part := re.match(r"\s+MIG \S*?(\d+)gb.*\(UUID: (\S+)\)", line):
+            slices.setdefault([*uuids][-1], []).append(_Device(part[2], float(part[1])))
+    if kind == "MIG-":
+        return {part.name: [part] for parts in slices.values() for part in parts}
+    names = {index: uuids.get(index, "") if kind else index for index in sizes}
+    return {name: slices.get(index, [_Device(name, sizes[index])]) for index, name in names.items()}
+
+
+def _nvidia_smi(*arguments: str) -> list[str]:
+    """The lines that it prints; none where there is none."""
+    command = ["nvidia-smi", *arguments]
     try:
-        done = subprocess.run(query, check=True, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
-        return {}
-    rows = [line.split(",") for line in done.stdout.splitlines() if line.strip()]
-    return {index.strip(): float(mib) / 1024 for index, mib in rows}
+        return []
+    return [line for line in done.stdout.splitlines() if line.strip()]
 
 
 # ---- The plan -------------------------------------------------------------------------------
@@ -121,7 +188,10 @@ class Plan:
             "batch": describe_batch(self.recipe, self.processes)
             + f": {_processes(self.processes)} x {self.recipe.get('per_device_train_batch_size')} "
             f"per device x {self.recipe.get('gradient_accumulation_steps')} accumulated",
+            "steps": self._steps(),
             "no signal": self._no_signal(),
+            "evaluations": self._evaluations(),
+            "checkpoints": self._checkpoints(),
             "memory": self._memory(),
             "command": shlex.join(self.command),
         }
@@ -157,18 +227,76 @@ class Plan:
             return f"by the vLLM server at {server_address(self.recipe)}"
         return f"by a vLLM server on GPU {self.server_gpu}, which the run starts, watches and ends"
 
+    def _steps(self) -> str:
+        """How long it trains, and how often it sees a puzzle."""
+        steps, puzzles = optimizer_steps(self.recipe, self.processes), training_puzzles(self.recipe)
+        unknown = "not known before the data are read"
+        if steps is None:
+            return f"{unknown}: {self.recipe.get('num_train_epochs'):g} epochs"
+        sampled, window = generation_batch(self.recipe, self.processes)
+        seen = math.ceil(steps / window) * sampled // self.recipe.get("num_generations")
+        if puzzles is None:
+            return f"{steps:,}, which see {seen:,} puzzles; how often each one is {unknown}"
+        epochs = f"{seen / puzzles:.{1 if seen >= puzzles else 2}f}"
+        once = f"{seen:,} of about {puzzles:,} training puzzles are seen, once each"
+        often = f"each of about {puzzles:,} training puzzles is seen {epochs} times"
+        about = "" if self.recipe.get("max_steps") > 0 else "about "
+        return f"{about}{steps:,} ({epochs} epochs): {often if seen > puzzles else once}"
+
     def _no_signal(self) -> str:
         """The share of groups that teach nothing, if all puzzles were equally hard."""
         group = self.recipe.get("num_generations")
         lost = {p: p**group + (1 - p) ** group for p in (0.05, 0.25, 0.5, 0.75)}
         shares = ", ".join(f"{share:.0%} at {p:.0%}" for p, share in lost.items())
-        return f"groups whose {group} completions all fail or all succeed: {shares} success"
+        same = f"groups whose {group} completions all fail or all succeed teach nothing"
+        return f"{same}: {shares} success"
+
+    def _evaluations(self) -> str:
+        """How many there are, and on what."""
+        get, task = self.recipe.get, self.recipe.task
+        number, when, every = "2", "before and after", get("eval_steps")
+        if get("eval_strategy") == "steps" and every:
+            steps = optimizer_steps(self.recipe, self.processes)
+            number = f"{2 + (steps - 1) // every:g}" if steps else "some"
+            when = f"before, every {every:g} steps, after"
+        puzzles = f"{task.num_eval_puzzles:,} held-out puzzles x {task.num_eval_samples}"
+        return f"{number} ({when}), each of {puzzles}"
+
+    def _checkpoints(self) -> str:
+        """How many there are, and whether the disk holds them."""
+        get, steps = self.recipe.get, optimizer_steps(self.recipe, self.processes)
+        strategy, every, limit = get("save_strategy"), get("save_steps"), get("save_total_limit")
+        written = checkpoints_written(self.recipe, steps)
+        at_most = checkpoints_at_most(self.recipe, steps)
+        if every < 1 and steps:  # a share of them
+            every = math.ceil(every * steps)
+        when = {
+            "no": "only at a pause",
+            "steps": f"every {every:g} steps" if every >= 1 else f"every {every:.0%} of the steps",
+        }.get(strategy, f"one per {strategy}")
+        number = f"{written:,}, {when}" if written else when
+        kept = f", the last {limit:,} kept" if limit else ""
+
+        # How large are they, and does the disk hold them?
+        size = checkpoint_bytes(self.recipe, self.launcher == "deepspeed_zero3")
+        if size is None:
+            return f"{number}{kept}; their size is not known without loading the model"
+        parts = ", ".join(f"{name} {_size(part)}" for name, part in size.items() if part)
+        each = f"{number}{kept}: about {_size(sum(size.values()))} each ({parts})"
+        if at_most is None:
+            return each
+        needed = at_most * sum(size.values()) + size["weights"]
+        each += f", at most {_size(needed)} with the trained model"
+        if not self.machine.is_here:
+            return each
+        free = free_disk(self.recipe.run_dir)
+        return f"{each}; {'only ' if needed > free else ''}{_size(free)} of disk are free here"
 
     def _memory(self) -> str:
         if self.memory is None:
             return "not estimated: the shape of this model is not known without loading it"
         parts = ", ".join(f"{name} {gib:.1f}" for name, gib in self.memory.items() if gib >= 0.05)
-        of = f" of {self.machine.gpu_memory:.0f}" if self.machine.gpus else ""
+        of = f" of {self.machine.gpu_memory:.0f}" if self.machine.gpu_memory else ""
         needed = peak(self.memory, self.recipe)
         return f"about {needed:.1f}{of} GiB per training process, an estimate: {parts}"
 
@@ -198,7 +326,8 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     processes = 1 if on_cpu else machine.gpus - managed
     check_batch(recipe, processes)
     memory = estimate_memory(recipe, processes, machine.gpu_memory)
-    if memory is not None and not on_cpu and peak(memory, recipe) > machine.gpu_memory:
+    known = memory is not None and not on_cpu and machine.gpu_memory > 0
+    if known and peak(memory, recipe) > machine.gpu_memory:
         raise recipe.error(
             f"{recipe.model['model_name_or_path']} needs about {peak(memory, recipe):.0f} GiB on "
             f"each GPU and this machine has {machine.gpu_memory:.0f}; "
@@ -217,6 +346,12 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
 
 def _processes(number: int) -> str:
     return f"{number} process{'es' if number > 1 else ''}"
+
+
+def _size(size: float) -> str:
+    """Bytes as disks are labelled: `37 MB`, `4.2 GB`."""
+    unit, scale = ("GB", 1e9) if size >= 1e9 else ("MB", 1e6)
+    return f"{size / scale:.{int(size < 10 * scale)}f} {unit}"
 
 
 def launcher_for(recipe: Recipe, processes: int) -> str | None:
@@ -311,6 +446,62 @@ def completions_per_step(recipe: Recipe, processes: int) -> int:
     return micro * recipe.get("gradient_accumulation_steps")
 
 
+def generation_batch(recipe: Recipe, processes: int) -> tuple[int, Fraction]:
+    """How many completions are sampled at a time, and how many optimizer steps learn from them."""
+    get = recipe.get
+    micro = processes * get("per_device_train_batch_size")
+    micro_batches = get("steps_per_generation") or get("gradient_accumulation_steps")
+    sampled = get("generation_batch_size") or micro * micro_batches
+    micro_steps = sampled // micro * get("num_iterations")
+    return sampled, Fraction(micro_steps, get("gradient_accumulation_steps"))
+
+
+def training_puzzles(recipe: Recipe) -> int | None:
+    """About how many puzzles there are to train on; None before data that are not ours are read."""
+    task = recipe.task
+    if task.dataset_id_or_path != "generated":
+        return None
+    return int(task.num_puzzles * (1 - task.test_share))
+
+
+def optimizer_steps(recipe: Recipe, processes: int) -> int | None:
+    """How many steps a run takes; None if that depends on data that are not read yet."""
+    if recipe.get("max_steps") > 0:
+        return recipe.get("max_steps")
+    puzzles = training_puzzles(recipe)
+    if puzzles is None:
+        return None
+    # TRL drops an incomplete generation batch, transformers fills up an incomplete step.
+    sampled, window = generation_batch(recipe, processes)
+    per_epoch = math.ceil(puzzles // (sampled // recipe.get("num_generations")) * window)
+    return math.ceil(recipe.get("num_train_epochs") * per_epoch)
+
+
+def checkpoints_written(recipe: Recipe, steps: int | None) -> int | None:
+    """How many checkpoints a run of so many steps writes, pauses aside; None if not known."""
+    strategy, every = recipe.get("save_strategy"), recipe.get("save_steps")
+    if strategy == "no":
+        return 0
+    if strategy != "steps":
+        return None
+    if steps is None:
+        return math.ceil(1 / every) if every < 1 else None
+    return math.ceil(steps / (every if every >= 1 else math.ceil(every * steps)))
+
+
+def checkpoints_at_most(recipe: Recipe, steps: int | None) -> int | None:
+    """How many lie on the disk at once; None if not known. The oldest goes after the newest."""
+    written, limit = checkpoints_written(recipe, steps), recipe.get("save_total_limit")
+    kept = None if limit is None else limit + 1
+    return min((number for number in (written, kept) if number is not None), default=None)
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder is, or is to be."""
+    above = (folder, *folder.absolute().parents)
+    return shutil.disk_usage(next(path for path in above if path.exists())).free
+
+
 def describe_batch(recipe: Recipe, processes: int) -> str:
     """The batch of an optimizer step in words."""
     completions = completions_per_step(recipe, processes)
@@ -339,8 +530,7 @@ def check_batch(recipe: Recipe, processes: int) -> None:
         raise recipe.error(
             "give either this or steps_per_generation, not both", "generation_batch_size"
         )
-    micro_batches = get("steps_per_generation") or get("gradient_accumulation_steps")
-    sampled = get("generation_batch_size") or micro * micro_batches
+    sampled, window = generation_batch(recipe, processes)
     if sampled % micro:
         raise recipe.error(
             f"{sampled} is no multiple of the {micro} completions of a micro-batch "
@@ -359,8 +549,8 @@ def check_batch(recipe: Recipe, processes: int) -> None:
 
     # There must be enough puzzles for it.
     share, wanted = 1 - recipe.task.test_share, sampled // group
-    prompts = int(recipe.task.num_puzzles * share)
-    if recipe.task.dataset_id_or_path == "generated" and prompts < wanted:
+    prompts = training_puzzles(recipe)
+    if prompts is not None and prompts < wanted:
         raise recipe.error(
             f"about {prompts} prompts to train on, but {wanted} are sampled at a time; "
             f"write at least {math.ceil(wanted / share * 1.2)}",
@@ -369,13 +559,11 @@ def check_batch(recipe: Recipe, processes: int) -> None:
 
     # A checkpoint holds no completions: one amid the steps that share a batch of them could not
     # be continued exactly.
-    micro_steps = sampled // micro * get("num_iterations")
-    window = micro_steps / get("gradient_accumulation_steps")
     save_steps, saves = get("save_steps"), get("save_strategy") != "no"
     if saves and window > 1 and isinstance(save_steps, int) and save_steps % window:
-        whole = micro_steps // math.gcd(micro_steps, get("gradient_accumulation_steps"))
+        whole = window.numerator  # the fewest steps that end together with a batch
         raise recipe.error(
-            f"{save_steps} is no multiple of the {window:g} optimizer steps that share one "
+            f"{save_steps} is no multiple of the {float(window):g} optimizer steps that share one "
             "generation (steps_per_generation x num_iterations / gradient_accumulation_steps); "
             f"write {_next_multiple(whole, save_steps)}",
             "save_steps",
@@ -414,12 +602,61 @@ def _what_would_fit(recipe: Recipe, machine: Machine, processes: int) -> str:
 
 # ---- The launch -----------------------------------------------------------------------------
 
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What accelerate's PartialState takes for a launch, each by itself: the largest harmless value.
+TAKEN_FOR_A_LAUNCH = {
+    "LOCAL_RANK": -1,
+    "WORLD_SIZE": 1,
+    "PMI_SIZE": 1,
+    "OMPI_COMM_WORLD_SIZE": 1,
+    "MV2_COMM_WORLD_SIZE": 1,
+}
+
+
+def launched() -> bool:
+    """Whether accelerate or torchrun started this process: they set all these variables."""
+    return all(variable in os.environ for variable in LAUNCH_VARIABLES)
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for its launch, or is alone."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
+def num_processes() -> int:
+    """How many processes the launch has started; 1 without a launch."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def leftover_variables() -> Iterator[InputError]:
+    """What another launch has left in the environment and would be taken for one of this run."""
+    if launched():
+        return
+    given = {name: os.environ[name] for name in TAKEN_FOR_A_LAUNCH if name in os.environ}
+    harmful = [
+        name
+        for name, value in given.items()
+        if not re.fullmatch(r"-?\d+", value) or int(value) > TAKEN_FOR_A_LAUNCH[name]
+    ]
+    if harmful:
+        names = " ".join(harmful)
+        yield InputError(
+            f"'{given[harmful[0]]}' is left from another launch, and no launcher has started this "
+            f"process; run 'unset {names}'",
+            where=harmful[0],
+        )
+
 
 def launch(plan: Plan) -> None:
-    """Replace this process by `accelerate launch`: signals and exit code are the launcher's.
+    """Start the training processes as `accelerate launch` does, and return when they have ended.
+
+    In this process, so that Ctrl-C is passed on to them and nothing else: torch's launcher would
+    give them 30 seconds to save, and end with a traceback.
 
     Raises:
         InputError: this is no checkout, so there are no launch configs.
+        RunFailed: one of the processes did, or was killed.
+        SystemExit: bad input or Ctrl-C; the processes have said it themselves.
     """
     if not (ROOT / LAUNCH_CONFIGS).is_dir():
         raise InputError(
@@ -427,6 +664,30 @@ def launch(plan: Plan) -> None:
             "installed with 'make setup'"
         )
     print(shlex.join(plan.command), flush=True)
-    # -P: modules of the current folder must not stand in for libraries.
-    accelerate = [sys.executable, "-P", "-m", "accelerate.commands.accelerate_cli"]
-    os.execv(sys.executable, [*accelerate, *plan.command[1:]])
+    import psutil
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    def pass_on(number: int, _frame: object) -> None:
+        processes = psutil.Process().children()
+        for process in processes:
+            process.send_signal(number)
+        if not processes:
+            raise KeyboardInterrupt
+
+    # How torchrun is told to leave Ctrl-C to us; its log would only repeat what is said below.
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGUSR1,SIGHUP,SIGQUIT"
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, pass_on)
+    try:
+        launch_command(launch_command_parser().parse_args(plan.command[2:]))
+    except SignalException as stop:
+        sys.exit(128 + stop.sigval)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode in (BAD_INPUT, INTERRUPTED):  # it has said so itself
+            sys.exit(failure.exitcode)
+        ended = f"training process {rank} of {plan.processes} ended with {failure.exitcode}"
+        raise RunFailed(ended) from None

@@ -39,6 +39,8 @@ ORDER = [
     "report.page",
     "sweep",
     "report.results",
+    "bases.search",
+    "bases.sft",
     "bases.cold_start",
     "train",
     "cli",

@@ -16,7 +16,8 @@ import nbformat
 import pytest
 
 from mini_r1 import recipe
-from mini_r1.bases.cold_start import COLD_STARTS, _tries
+from mini_r1.bases.cold_start import COLD_STARTS
+from mini_r1.bases.search import tries
 from mini_r1.cli import _parser
 from mini_r1.countdown.solver import difficulty
 from mini_r1.data import load_split
@@ -462,9 +463,9 @@ def of_method():
     yield computed("has seeds {} and {}, which end within a point of it", *seeds[1:])
     assert after["success"] > before["pass_at"][str(k)]
     yield computed("One sample after training solves more than {} did before", IN_WORDS[k])
-    tries = IN_WORDS[COLD_STARTS["tiny_base_hard"].max_tries]
+    bound = IN_WORDS[COLD_STARTS["tiny_base_hard"].max_tries]
     reached = percent(SEARCH_REACHES, 0)
-    yield computed("the search comes to {} of them within its {} tries", reached, tries)
+    yield computed("the search comes to {} of them within its {} tries", reached, bound)
 
     training, run, marks = load_recipe(RECIPE_FOR_8).training, original_run(), ORIGINAL_MILESTONES
     assert "(zzlzero/mini-R1) published a run of this shape" in one_line(RECIPE_FOR_8)
@@ -563,9 +564,9 @@ def test_how_far_the_hard_bases_search_comes():
     task, settings, reached = load_recipe(HARD_RECIPE).task, COLD_STARTS["tiny_base_hard"], []
     for puzzle in load_split(task).heldout[: task.num_eval_puzzles]:
         if not difficulty(puzzle.nums, puzzle.target).plus_minus_only:
-            items = [(number, str(number)) for number in puzzle.nums]
-            tries = islice(_tries(items, puzzle.target, settings), settings.max_tries)
-            reached.append(any(value == puzzle.target for _, value, _ in tries))
+            every = tries(puzzle, settings.operators, settings.largest_result)
+            first = islice(every, settings.max_tries)
+            reached.append(any(value == puzzle.target for _, value, _ in first))
     assert percent(fmean(reached), 0) == percent(SEARCH_REACHES, 0)
 
 

@@ -42,6 +42,7 @@ ORDER = [
     "bases.search",
     "bases.sft",
     "bases.cold_start",
+    "bases.gguf",
     "train",
     "cli",
     "__main__",

@@ -27,7 +27,7 @@ def test_help_imports_no_torch():
 
 COMMANDS = [
     *("train", "doctor", "eval", "play", "pause", "slurm", "recipes", "report", "solve", "sweep"),
-    *("data build", "data check", "base build"),
+    *("data build", "data check", "base build", "model convert"),
 ]
 
 
@@ -102,6 +102,7 @@ def test_data_build_and_check(tmp_path, capsys):
         (["doctor", "--gpus", "4"], "--gpus and --gpu-memory: give both"),
         (["pause", "no-such-run"], "no-such-run: no run; want a folder such as runs/tiny-cpu"),
         (["eval", "no/such-model"], "cannot be loaded"),
+        (["model", "convert", "no.gguf", "out"], "no.gguf: cannot be read: No such file"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):

@@ -135,7 +135,7 @@ def test_commands_can_be_given(document, tmp_path, monkeypatch):
             check_command(shlex.split(text))
         elif program == "mini-r1" and rest:  # names a command, not always all of its arguments
             words = rest.split()
-            command = words[: 2 if words[0] in ("base", "data") else 1]
+            command = words[: 2 if words[0] in ("base", "data", "model") else 1]
             with pytest.raises(SystemExit) as end:
                 _parser().parse_known_args([*command, "--help"])
             assert end.value.code == 0, text

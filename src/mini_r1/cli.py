@@ -245,6 +245,12 @@ def base_build(args: argparse.Namespace) -> None:
     build_base(args.name, Path(args.output or args.name))
 
 
+def model_convert(args: argparse.Namespace) -> None:
+    from mini_r1.bases.gguf import convert
+
+    convert(Path(args.file), Path(args.output))
+
+
 # ---- Arguments ------------------------------------------------------------------------------
 
 
@@ -422,7 +428,7 @@ def _parser() -> argparse.ArgumentParser:
         help="runs at a time, each on its share of the cores (default: 1)",
     )
 
-    base = commands.add_parser("base", help="the embedded base models").add_subparsers(
+    base = commands.add_parser("base", help="make a model to start from").add_subparsers(
         required=True, metavar="COMMAND"
     )
     command = _command(
@@ -436,6 +442,15 @@ def _parser() -> argparse.ArgumentParser:
         help="default: %(default)s",
     )
     command.add_argument("--output", metavar="DIR", help="a new folder (default: the name)")
+
+    model = commands.add_parser("model", help="bring a model along").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    command = _command(
+        model, "convert", model_convert, "make a folder that can be trained of a GGUF file"
+    )
+    command.add_argument("file", metavar="FILE.gguf")
+    command.add_argument("output", metavar="OUTPUT", help="a new folder")
     return parser
 
 

@@ -40,6 +40,7 @@ ORDER = [
     "sweep",
     "report.results",
     "bases.search",
+    "bases.english",
     "bases.sft",
     "bases.cold_start",
     "bases.gguf",

@@ -9,7 +9,9 @@ import pytest
 from mini_r1.cli import main
 from mini_r1.countdown.expression import is_solution
 
-ORIGINAL = Path(__file__).parents[1] / "recipes" / "grpo-qwen-2.5-3b-deepseek-r1-countdown.yaml"
+RECIPES = Path(__file__).parents[1] / "recipes"
+ORIGINAL = RECIPES / "grpo-qwen-2.5-3b-deepseek-r1-countdown.yaml"
+TINY = RECIPES / "tiny-cpu.yaml"
 
 
 def test_help_imports_no_torch():
@@ -27,7 +29,7 @@ def test_help_imports_no_torch():
 
 COMMANDS = [
     *("train", "doctor", "eval", "play", "pause", "slurm", "recipes", "report", "solve", "sweep"),
-    *("data build", "data check", "base build", "model convert"),
+    *("data build", "data check", "base build", "base sft", "model convert"),
 ]
 
 
@@ -103,6 +105,14 @@ def test_data_build_and_check(tmp_path, capsys):
         (["pause", "no-such-run"], "no-such-run: no run; want a folder such as runs/tiny-cpu"),
         (["eval", "no/such-model"], "cannot be loaded"),
         (["model", "convert", "no.gguf", "out"], "no.gguf: cannot be read: No such file"),
+        (
+            ["base", "sft", "./no-such-model", "--recipe", str(TINY), "--output", "out"],
+            "'./no-such-model' cannot be loaded",
+        ),
+        (
+            ["base", "sft", "tiny_base", "--recipe", "no.yaml", "--output", "out"],
+            "no.yaml: no such recipe",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):

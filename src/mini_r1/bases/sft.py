@@ -1,12 +1,34 @@
-"""Supervised fine-tuning on search traces: which tokens are learned, by which arguments."""
+"""Supervised fine-tuning on searches: one way for a base from nothing and a pretrained model.
+
+    mini-r1 base sft MODEL --recipe RECIPE --output DIR
+
+teaches a pretrained model the form that the rewards ask for, by searches in plain English
+(`english.py`) for the recipe's puzzles and with its prompt. Held-out puzzles never appear. The
+recipe then trains what this leaves in DIR.
+"""
 
 from collections.abc import Sequence, Set
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
+
+from mini_r1 import InputError
+from mini_r1.bases.english import searches
+from mini_r1.data import load_split
+from mini_r1.manifest import versions, weights_hash
+from mini_r1.model import load_model, load_tokenizer, model_path
+from mini_r1.prompts import PROMPT_TEMPLATES
+from mini_r1.recipe import load_recipe
+from mini_r1.run import MANIFEST_FILE, new_folder, weights_and_task, write_json, write_recipe
+
+# The form is learned in 25 such steps (docs/log.md); no other values were tried.
+BATCH_SIZE = 8
+LEARNING_RATE = 3e-4
 
 
 def labelled(
@@ -69,3 +91,76 @@ def fine_tune(
     ).train()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def teach(name: str, recipe_path: str, output: Path, num_traces: int) -> None:
+    """Fine-tune a model on searches in plain English, and save it as a new folder.
+
+    Args:
+        name: a run folder, an embedded base, a model folder, or a model id of the hub.
+        recipe_path: says puzzles, prompt, seed and the most tokens of a completion.
+
+    Raises:
+        InputError: no such model, data or recipe, a model that is not whole, no search that is
+            short enough, or the folder exists.
+    """
+    recipe = load_recipe(recipe_path)
+    weights, task, max_completion_length = weights_and_task(name, recipe_path)
+    seed, template = recipe.get("seed"), PROMPT_TEMPLATES[task.prompt_template]
+    with new_folder(output) as folder:
+        # what to learn: searches that the recipe's completions have room for
+        tokenizer = load_tokenizer(weights)
+        if tokenizer.eos_token is None:
+            raise InputError("its tokenizer has no token that ends a text", where=name)
+        examples = searches(
+            load_split(task).train,
+            num_traces,
+            seed,
+            fits=lambda text: len(tokenizer(text)["input_ids"]) < max_completion_length,
+        )
+        prompts = [template.render(puzzle.nums, puzzle.target, tokenizer) for puzzle, _ in examples]
+        completions = [completion + tokenizer.eos_token for _, completion in examples]
+
+        # every search once; the weights in float32, where small updates are not rounded away
+        set_seed(seed)
+        model = load_model(weights)
+        if not all(weight.requires_grad for weight in model.parameters()):
+            raise InputError(
+                "quantized, or adapters on another model; teach the whole model that it comes from",
+                where=name,
+            )
+        has_gpu = torch.cuda.is_available()
+        fine_tune(
+            model.float(),
+            tokenizer,
+            labelled(tokenizer, prompts, completions),
+            folder,
+            per_device_train_batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            warmup_steps=0.05,
+            bf16=has_gpu,
+            use_cpu=not has_gpu,
+            seed=seed,
+            logging_steps=10,
+        )
+
+        # what `mini-r1 eval` and `play` need to know of it, and what it was made from
+        own_recipe = {
+            "model_name_or_path": name,
+            **task.as_dict(),
+            "max_completion_length": max_completion_length,
+        }
+        write_recipe(folder, own_recipe)
+        manifest = {
+            "made_by": "mini-r1 base sft",
+            "model": {"name": name, "sha256": weights_hash(model_path(weights))},
+            "seed": seed,
+            "num_traces": num_traces,
+            "batch_size": BATCH_SIZE,
+            "learning_rate": LEARNING_RATE,
+            "data_sha256": sha256("".join(prompts + completions).encode()).hexdigest(),
+            "weights_sha256": weights_hash(folder),
+            "versions": versions(),
+        }
+        write_json(folder / MANIFEST_FILE, manifest)
+    print(f"{output}: {name}, taught on {num_traces} searches")

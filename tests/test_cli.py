@@ -14,7 +14,9 @@ from mini_r1.cli import exit_code, main
 from mini_r1.countdown.expression import is_solution
 from mini_r1.launch.plan import LAUNCH_VARIABLES
 
-ORIGINAL = Path(__file__).parents[1] / "recipes" / "grpo-qwen-2.5-3b-deepseek-r1-countdown.yaml"
+RECIPES = Path(__file__).parents[1] / "recipes"
+ORIGINAL = RECIPES / "grpo-qwen-2.5-3b-deepseek-r1-countdown.yaml"
+TINY = RECIPES / "tiny-cpu.yaml"
 
 
 def test_help_imports_no_torch():
@@ -32,7 +34,7 @@ def test_help_imports_no_torch():
 
 COMMANDS = [
     *("train", "doctor", "eval", "play", "pause", "slurm", "recipes", "report", "solve", "sweep"),
-    *("data build", "data check", "base build"),
+    *("data build", "data check", "base build", "base sft", "model convert"),
 ]
 
 
@@ -61,7 +63,7 @@ def test_without_a_command_the_help_is_shown(arguments, commands, capsys):
     [
         (["trian", "recipes/tiny-cpu.yaml"], "no command 'trian'; did you mean 'train'?"),
         (["data", "chek", "x.jsonl"], "no command 'chek'; did you mean 'check'?"),
-        (["base", "x"], "no command 'x'; choose from build"),
+        (["base", "x"], "no command 'x'; choose from build, sft"),
     ],
 )
 def test_an_unknown_command_is_told_with_the_nearest(arguments, error, capsys):
@@ -187,6 +189,15 @@ def test_data_check_shows_its_progress_on_a_terminal_only(tmp_path):
         (["eval", "tiny_base", "--json", "/proc/x.json"], "--json: /proc/x.json cannot be written"),
         (["pause", "no-such-run"], "no-such-run: no run; want a folder such as runs/tiny-cpu"),
         (["eval", "no/such-model"], "is not in the cache"),
+        (["model", "convert", "no.gguf", "out"], "no.gguf: cannot be read: No such file"),
+        (
+            ["base", "sft", "./no-such-model", "--recipe", str(TINY), "--output", "out"],
+            "no run or model './no-such-model' here",
+        ),
+        (
+            ["base", "sft", "tiny_base", "--recipe", "no.yaml", "--output", "out"],
+            "no.yaml: no such recipe",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
@@ -214,8 +225,8 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
     assert end.value.code == 2
 
 
-def test_eval_prints_words_and_json_on_request(tmp_path, capsys):
-    few = ["eval", "tiny_base", "--num-puzzles", "8", "--num-samples", "2"]
+def test_eval_prints_words_and_json_on_request(small_task, tmp_path, capsys):
+    few = ["eval", small_task, "--num-puzzles", "8", "--num-samples", "2"]
     assert main([*few, "--json", str(tmp_path / "eval.json")]) == 0
     words = capsys.readouterr().out
     assert main([*few, "--json"]) == 0

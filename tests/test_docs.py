@@ -15,7 +15,8 @@ from statistics import fmean
 import nbformat
 import pytest
 
-from mini_r1.bases.cold_start import COLD_STARTS, _tries
+from mini_r1.bases.cold_start import COLD_STARTS
+from mini_r1.bases.search import tries
 from mini_r1.catalog import recipe_table
 from mini_r1.cli import _parser
 from mini_r1.countdown.solver import difficulty
@@ -132,7 +133,7 @@ def test_commands_can_be_given(document, own_folder):
             check_command(shlex.split(text))
         elif program == "mini-r1" and rest:  # names a command, not always all of its arguments
             words = rest.split()
-            command = words[: 2 if words[0] in ("base", "data") else 1]
+            command = words[: 2 if words[0] in ("base", "data", "model") else 1]
             with pytest.raises(SystemExit) as end:
                 _parser().parse_known_args([*command, "--help"])
             assert end.value.code == 0, text
@@ -461,9 +462,9 @@ def of_method():
     yield computed("has seeds {} and {}, which end within a point of it", *seeds[1:])
     assert after["success"] > before["pass_at"][str(k)]
     yield computed("One sample after training solves more than {} did before", IN_WORDS[k])
-    tries = IN_WORDS[COLD_STARTS["tiny_base_hard"].max_tries]
+    bound = IN_WORDS[COLD_STARTS["tiny_base_hard"].max_tries]
     reached = percent(SEARCH_REACHES, 0)
-    yield computed("the search comes to {} of them within its {} tries", reached, tries)
+    yield computed("the search comes to {} of them within its {} tries", reached, bound)
 
     training, run, marks = load_recipe(RECIPE_FOR_8).training, original_run(), ORIGINAL_MILESTONES
     assert "(zzlzero/mini-R1) published a run of this shape" in one_line(RECIPE_FOR_8)
@@ -562,9 +563,9 @@ def test_how_far_the_hard_bases_search_comes():
     task, settings, reached = load_recipe(HARD_RECIPE).task, COLD_STARTS["tiny_base_hard"], []
     for puzzle in load_split(task).heldout[: task.num_eval_puzzles]:
         if not difficulty(puzzle.nums, puzzle.target).plus_minus_only:
-            items = [(number, str(number)) for number in puzzle.nums]
-            tries = islice(_tries(items, puzzle.target, settings), settings.max_tries)
-            reached.append(any(value == puzzle.target for _, value, _ in tries))
+            every = tries(puzzle, settings.operators, settings.largest_result)
+            first = islice(every, settings.max_tries)
+            reached.append(any(value == puzzle.target for _, value, _ in first))
     assert percent(fmean(reached), 0) == percent(SEARCH_REACHES, 0)
 
 

@@ -168,14 +168,18 @@ def test_evaluates_the_embedded_base_by_name():
     result = evaluate_model("tiny_base", num_puzzles=20, num_samples=2)
     assert result.keys() >= KEYS
     assert (result["num_puzzles"], result["num_samples"]) == (20, 2)
-    assert result == evaluate_model("tiny_base", num_puzzles=20, num_samples=2)
 
 
-def test_what_cannot_be_evaluated_is_explained(tmp_path):
+def test_an_evaluation_can_be_repeated(small_task):
+    first, second = (evaluate_model(small_task, num_puzzles=20, num_samples=2) for _ in range(2))
+    assert first == second
+
+
+def test_what_cannot_be_evaluated_is_explained(small_task):
     with pytest.raises(InputError, match="is not in the cache"):
         evaluate_model("no/such-model", num_puzzles=5)
     with pytest.raises(InputError, match="puzzles are held out"):
-        evaluate_model("tiny_base", num_puzzles=100_000)
+        evaluate_model(small_task, num_puzzles=100_000)
 
 
 def test_a_model_that_cannot_be_asked_is_refused_before_its_weights_are_loaded(tmp_path):

@@ -115,10 +115,10 @@ def test_a_puzzle_unlike_those_of_the_training_is_told(source, tmp_path, capsys)
     assert (told in capsys.readouterr().out) == (source == "generated")
 
 
-def test_a_held_out_puzzle_is_dealt(capsys):
-    assert main(["play", "tiny_base", "--seed", "3"]) == 0
+def test_a_held_out_puzzle_is_dealt(small_task, capsys):
+    assert main(["play", small_task, "--seed", "3"]) == 0
     first = capsys.readouterr().out
-    assert main(["play", "tiny_base", "--seed", "3"]) == 0
+    assert main(["play", small_task, "--seed", "3"]) == 0
     assert capsys.readouterr().out == first
 
 

@@ -15,12 +15,13 @@ from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from mini_r1 import quirks
 from mini_r1.model import load_tokenizer
 from mini_r1.rewards import equation_reward
+from tests.bases.gguf_file import write_gguf
 
 ROOT = Path(__file__).parents[1]
 FUNCTIONS = [each for _, each in inspect.getmembers(quirks, inspect.isfunction)]
@@ -126,6 +127,21 @@ def test_the_commit_of_a_hub_model_has_no_public_name():
     model.config = config
     assert quirks.hub_commit(model) == "abc"
     assert "commit_hash" not in dir(config)
+
+
+def test_a_model_from_a_gguf_file_cannot_be_saved_and_its_tokenizer_begins_where_it_ends(tmp_path):
+    write_gguf(tmp_path / "m.gguf")
+    source = {"pretrained_model_name_or_path": tmp_path, "gguf_file": "m.gguf"}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "saved")
+    quirks.forget_gguf(model)
+    model.save_pretrained(tmp_path / "saved")
+
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", None)
+    quirks.end_as_config_says(tokenizer, model.config)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
 
 
 def test_hyper_parameters_open_a_second_run_unless_added_by_hand(tmp_path):

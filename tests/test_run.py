@@ -14,6 +14,7 @@ from mini_r1.run import (
     check_same_start,
     checkpoint_to_resume,
     last_complete_checkpoint,
+    new_folder,
     run_weights,
     weights_and_task,
     weights_of,
@@ -38,6 +39,23 @@ def test_records_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
             write_json(path, {"success": 0.75})
     assert json.loads(old.read_text()) == {"success": 0.5}
     assert not new.exists()
+
+
+def test_a_new_folder_gets_its_name_once_it_is_whole(tmp_path):
+    with pytest.raises(OSError, match="disk full"), new_folder(tmp_path / "a" / "model"):
+        raise OSError("disk full")
+    assert list((tmp_path / "a").iterdir()) == []
+    (tmp_path / "a" / "model.partial").mkdir()
+    (tmp_path / "a" / "model.partial" / "of an attempt that was killed").touch()
+    with new_folder(tmp_path / "a" / "model") as folder:
+        (folder / "config.json").touch()
+    assert [path.name for path in (tmp_path / "a" / "model").iterdir()] == ["config.json"]
+    for taken, message in (
+        (tmp_path / "a" / "model", "exists; choose a new folder"),
+        (tmp_path / "a" / "model" / "config.json" / "b", "cannot be written: Not a directory"),
+    ):
+        with pytest.raises(InputError, match=message), new_folder(taken):
+            pass
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------

@@ -350,6 +350,21 @@ def base_build(args: argparse.Namespace) -> None:
     build_base(args.name, Path(args.output or args.name))
 
 
+def base_sft(args: argparse.Namespace) -> None:
+    from mini_r1 import quirks
+
+    quirks.quiet_cpu_imports()
+    from mini_r1.bases.sft import teach
+
+    teach(args.model, args.recipe, Path(args.output), args.num_traces)
+
+
+def model_convert(args: argparse.Namespace) -> None:
+    from mini_r1.bases.gguf import convert
+
+    convert(Path(args.file), Path(args.output))
+
+
 # ---- Arguments ------------------------------------------------------------------------------
 
 
@@ -541,7 +556,7 @@ def _parser() -> argparse.ArgumentParser:
         help="runs at a time, each on its share of the cores (default: 1)",
     )
 
-    base = _commands(_command(commands, "base", None, "the embedded base models"))
+    base = _commands(_command(commands, "base", None, "make a model to start from"))
     command = _command(
         base, "build", base_build, "remake an embedded base from nothing (less than an hour)"
     )
@@ -553,6 +568,31 @@ def _parser() -> argparse.ArgumentParser:
         help="default: %(default)s",
     )
     command.add_argument("--output", metavar="DIR", help="a new folder (default: the name)")
+    command = _command(
+        base, "sft", base_sft, "teach a model to search in plain English, before a recipe trains it"
+    )
+    command.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="a run folder, a model folder, or a hub id"
+    )
+    command.add_argument(
+        "--recipe", required=True, help="recipe that says puzzles, prompt and length"
+    )
+    command.add_argument("--output", metavar="DIR", required=True, help="a new folder")
+    command.add_argument(
+        "--num-traces",
+        type=_positive,
+        default=8000,
+        help="searches to learn from (default: 8000)",
+    )
+
+    model = commands.add_parser("model", help="bring a model along").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    command = _command(
+        model, "convert", model_convert, "make a folder that can be trained of a GGUF file"
+    )
+    command.add_argument("file", metavar="FILE.gguf")
+    command.add_argument("output", metavar="OUTPUT", help="a new folder")
     return parser
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
     from torch.utils.tensorboard import SummaryWriter
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from trl import GRPOConfig, GRPOTrainer
 
 
@@ -85,6 +86,30 @@ def quiet_unscored_completions() -> None:
 def hub_commit(model: "nn.Module | None") -> str | None:
     """The commit of the hub that a model was loaded from; transformers 5.17 keeps it privately."""
     return getattr(getattr(model, "config", None), "_commit_hash", None)
+
+
+def forget_gguf(model: "PreTrainedModel") -> None:
+    """Let a model be saved that was unpacked from a GGUF file.
+
+    transformers 5.17 takes it for a quantized one, which it refuses to save.
+    """
+    del model.config.quantization_config
+    setattr(model, "hf_quantizer", None)  # noqa: B010
+
+
+def end_as_config_says(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedConfig") -> None:
+    """Give a tokenizer from a GGUF file the tokens for end and padding that the file names.
+
+    transformers 5.17 names the first token of a text as its last one, too, and no padding; only
+    the model's config has both.
+    """
+    end, padding = config.eos_token_id, config.pad_token_id
+    if end is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    if padding is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
+    elif tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def add_hparams(writer: "SummaryWriter", values: dict[str, Any], metrics: dict[str, float]) -> None:

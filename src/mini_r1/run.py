@@ -21,7 +21,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -159,6 +160,28 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+@contextmanager
+def new_folder(output: Path) -> Generator[Path]:
+    """A folder that gets its name only once it is whole; fill the one that this yields.
+
+    Raises:
+        InputError: the name is taken, or nothing can be written there.
+    """
+    if output.exists():
+        raise InputError(f"{output} exists; choose a new folder or remove it")
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was killed
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror}") from None
+    try:
+        yield partial
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_recipe(run_dir: Path, recipe: Mapping[str, Any]) -> None:

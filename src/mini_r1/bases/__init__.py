@@ -1,1 +1,1 @@
-"""The embedded base models, and how they are made."""
+"""The models to start from: the embedded bases, models taught by searches, GGUF files."""

@@ -23,18 +23,15 @@ Held-out puzzles (`data.is_heldout`) never appear in a trace. The command is
 
 import math
 import random
-import shutil
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from hashlib import sha256
-from itertools import combinations, islice
-from operator import itemgetter
+from itertools import islice
 from pathlib import Path
 
 import torch
-import yaml
 from datasets import Dataset
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
@@ -45,9 +42,9 @@ from transformers import (
     Qwen2Tokenizer,
     set_seed,
 )
-from trl import SFTConfig, SFTTrainer
 
-from mini_r1 import InputError
+from mini_r1.bases.search import tries
+from mini_r1.bases.sft import fine_tune, labelled
 from mini_r1.countdown.puzzles import Puzzle, generate
 from mini_r1.data import is_heldout, load_split
 from mini_r1.evaluate import heldout_puzzles, sample_batches, summarize
@@ -55,7 +52,7 @@ from mini_r1.manifest import versions, weights_hash
 from mini_r1.model import load_tokenizer
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TaskConfig
-from mini_r1.run import MANIFEST_FILE, RECIPE_FILE, Evaluation, write_json, write_text
+from mini_r1.run import MANIFEST_FILE, Evaluation, new_folder, write_json, write_recipe
 
 WAVE_PERIODS = (2, 3, 4, 5, 7, 10, 13, 20, 32, 50, 100, 200, 400)
 LOG_WAVE_FREQUENCIES = (1, 2, 4, 8, 16)
@@ -72,8 +69,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# A number, and the expression that made it.
-Item = tuple[int, str]
 
 
 @dataclass(frozen=True)
@@ -169,60 +164,14 @@ class Trace:
 def search_trace(puzzle: Puzzle, rng: random.Random, settings: ColdStart, patient: bool) -> Trace:
     """One search with a verdict on every try, and the last try as the answer."""
     lines: list[str] = []
-    tries = _tries([(n, str(n)) for n in puzzle.nums], puzzle.target, settings)
+    every = tries(puzzle, settings.operators, settings.largest_result)
     # The answer is the last try's.
-    for steps, value, answer in islice(tries, settings.max_tries):  # noqa: B007
+    for steps, value, answer in islice(every, settings.max_tries):  # noqa: B007
         verdict = "yes" if value == puzzle.target else "low" if value < puzzle.target else "high"
         lines.append(f"{', '.join(steps)} {verdict}\n")
         if verdict == "yes" or (not patient and rng.random() < settings.give_up):
             break
     return Trace(puzzle, f"\n{''.join(lines)}</think>\n<answer>{answer}</answer>", patient)
-
-
-def _tries(
-    items: list[Item], target: int, settings: ColdStart
-) -> Iterator[tuple[list[str], int, str]]:
-    """All ways to make one number of the items, as (steps, value, expression), in search order."""
-    for (larger, left), (smaller, right), rest in _pairs(items):
-        results = _results(larger, smaller, settings)
-        if not rest:
-            nearest = min(results, key=lambda operator: abs(results[operator] - target))
-            value = results[nearest]
-            yield [f"{larger}{nearest}{smaller}={value}"], value, f"{left}{nearest}{right}"
-            continue
-        for operator, value in results.items():
-            made = (value, f"({left}{operator}{right})")
-            for steps, last, expression in _tries([*rest, made], target, settings):
-                yield [f"{larger}{operator}{smaller}={value}", *steps], last, expression
-
-
-def _pairs(items: list[Item]) -> Iterator[tuple[Item, Item, list[Item]]]:
-    """(larger, smaller, the others) for every two of the items, smallest first.
-
-    Pairs that look alike come once.
-    """
-    ordered = sorted(items, key=itemgetter(0))
-    seen = set()
-    for i, j in combinations(range(len(ordered)), 2):
-        if (key := (ordered[i][0], ordered[j][0])) not in seen:
-            seen.add(key)
-            others = [item for k, item in enumerate(ordered) if k not in (i, j)]
-            yield ordered[j], ordered[i], others
-
-
-def _results(larger: int, smaller: int, settings: ColdStart) -> dict[str, int]:
-    """What the operators make of two numbers >= 1, positive integers only; never empty."""
-    results = {
-        "+": larger + smaller,
-        "-": larger - smaller,
-        "*": larger * smaller,
-        "/": larger // smaller if larger % smaller == 0 else 0,
-    }
-    return {
-        operator: results[operator]
-        for operator in settings.operators
-        if 0 < results[operator] <= settings.largest_result
-    }
 
 
 @lru_cache(maxsize=1)
@@ -300,72 +249,51 @@ def build_base(name: str, output_dir: Path, settings: ColdStart | None = None) -
         InputError: the folder exists already.
     """
     settings = settings or COLD_STARTS[name]
-    if output_dir.exists():
-        raise InputError(f"{output_dir} exists; choose a new folder or remove it", where="--output")
-    # all is made in a folder beside it, so that only a whole base gets the name
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(output_dir) as folder:
+        # what to learn and what to start from: the traces, and random weights, all from one seed
+        set_seed(settings.seed)
+        tokenizer = build_tokenizer(settings)
+        dataset, data_hash = _dataset(settings, tokenizer)
+        model = Qwen2ForCausalLM(_model_config(settings, tokenizer))
+        _embed_values(model, tokenizer, settings)
+        print(f"{model.num_parameters():,} parameters, {settings.num_traces:,} traces", flush=True)
 
-    # what to learn and what to start from: the traces, and random weights, all from one seed
-    set_seed(settings.seed)
-    tokenizer = build_tokenizer(settings)
-    dataset, data_hash = _dataset(settings, tokenizer)
-    model = Qwen2ForCausalLM(_model_config(settings, tokenizer))
-    _embed_values(model, tokenizer, settings)
-    print(f"{model.num_parameters():,} parameters, {settings.num_traces:,} traces", flush=True)
+        # supervised fine-tuning: every trace once
+        fine_tune(
+            model,
+            tokenizer,
+            dataset,
+            folder,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            warmup_steps=100,
+            adam_beta2=0.98,
+            weight_decay=0.01,
+            bf16=False,
+            use_cpu=True,
+            seed=settings.seed,
+            logging_steps=50,
+        )
 
-    # supervised fine-tuning: every trace once
-    arguments = SFTConfig(
-        output_dir=str(partial),
-        per_device_train_batch_size=settings.batch_size,
-        num_train_epochs=1,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=100,
-        adam_beta2=0.98,
-        weight_decay=0.01,
-        train_sampling_strategy="group_by_length",  # half of all tokens would be padding otherwise
-        max_length=None,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        seed=settings.seed,
-        save_strategy="no",
-        logging_steps=50,
-        report_to="none",
-    )
-    trainer = SFTTrainer(
-        model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer
-    )
-    trainer.train()
+        # what `mini-r1 eval` needs to know of a model that is not a run: puzzles, prompt and length
+        own_recipe = {
+            "model_name_or_path": name,
+            **settings.task.as_dict(),
+            "max_completion_length": settings.max_completion_length,
+        }
+        write_recipe(folder, own_recipe)
 
-    # the model as a folder that loads like any other
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    # what `mini-r1 eval` needs to know of a model that is not a run: its puzzles, prompt and length
-    own_recipe = {
-        "model_name_or_path": name,
-        **settings.task.as_dict(),
-        "max_completion_length": settings.max_completion_length,
-    }
-    write_text(partial / RECIPE_FILE, yaml.safe_dump(own_recipe, sort_keys=False))
-
-    # the record: what it was made from, and what it can do, with the tokenizer as it loads again
-    manifest = {
-        "made_by": f"mini-r1 base build {name}",
-        "cold_start": asdict(settings),
-        "parameters": model.num_parameters(),
-        "data_sha256": data_hash,
-        "weights_sha256": weights_hash(partial),
-        "versions": versions(),
-        "heldout": measure(model, load_tokenizer(str(partial)), settings),
-    }
-    write_json(partial / MANIFEST_FILE, manifest)
-
-    # what the trainer leaves beside the model is no part of a base
-    for leftover in ("training_args.bin", "README.md"):
-        (partial / leftover).unlink(missing_ok=True)
-    partial.rename(output_dir)
+        # the record: what it was made from, and what it can do, with the tokenizer as it loads
+        manifest = {
+            "made_by": f"mini-r1 base build {name}",
+            "cold_start": asdict(settings),
+            "parameters": model.num_parameters(),
+            "data_sha256": data_hash,
+            "weights_sha256": weights_hash(folder),
+            "versions": versions(),
+            "heldout": measure(model, load_tokenizer(str(folder)), settings),
+        }
+        write_json(folder / MANIFEST_FILE, manifest)
     return manifest
 
 
@@ -394,17 +322,11 @@ def _dataset(settings: ColdStart, tokenizer: Qwen2Tokenizer) -> tuple[Dataset, s
     prompts = [render(puzzle.nums, puzzle.target) for puzzle in puzzles]
     completions = [example.completion + tokenizer.eos_token for example in examples]
 
-    # as tokens: learned is the completion, without the token after a patient one's failed try
+    # as tokens: hidden is the token after a patient one's failed try
     failed = {tokenizer.convert_tokens_to_ids(verdict) for verdict in (" low", " high")}
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    prompt_ids = tokenizer(prompts)["input_ids"]
-    completion_ids = tokenizer(completions)["input_ids"]
-    for example, prompt, completion in zip(examples, prompt_ids, completion_ids, strict=True):
-        hidden = [example.patient and before in failed for before in [None, *completion]]
-        labels = [-100 if hide else token for token, hide in zip(completion, hidden, strict=False)]
-        columns["input_ids"].append(prompt + completion)
-        columns["labels"].append([-100] * len(prompt) + labels)
-    return Dataset.from_dict(columns), sha256("".join(prompts + completions).encode()).hexdigest()
+    hidden_after = [failed if example.patient else set() for example in examples]
+    dataset = labelled(tokenizer, prompts, completions, hidden_after)
+    return dataset, sha256("".join(prompts + completions).encode()).hexdigest()
 
 
 def _embed_values(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, settings: ColdStart) -> None:

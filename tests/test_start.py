@@ -29,7 +29,8 @@ def test_a_whole_model_is_trained_where_it_lies(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_adapter_is_merged_and_nothing_is_written_yet(tmp_path, capsys):
+def test_an_adapter_is_merged_and_nothing_is_written_yet(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # as containers export it, without a launch
     adapter = adapt("tiny_base", tmp_path / "adapter")
     start = start_from(adapter, tmp_path / "run")
     assert start.folder == str(tmp_path / "run" / MERGED_FOLDER)

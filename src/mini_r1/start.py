@@ -5,11 +5,11 @@ every process has loaded it; its config.json stays until the run has ended, for 
 for one that it does not find whenever it saves.
 """
 
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mini_r1.launch.plan import is_main_process
 from mini_r1.model import (
     adapter_base,
     check_weights,
@@ -45,7 +45,7 @@ class Start:
         self.weights = weights_of(name)
         self.folder = model_path(self.weights)
         self._merged: PreTrainedModel | None = None
-        is_main = os.environ.get("RANK", "0") == "0"
+        is_main = is_main_process()
         adapter = find_adapter(self.weights, self.revision)
         self.is_adapter = adapter is not None
         if adapter is None:

@@ -63,7 +63,7 @@ def test_a_family_is_asked_the_same_wherever_it_is_asked(kind, bos, asked, tmp_p
     capsys.readouterr()
     # The trained model, and one that is no run: then a recipe says how it is asked.
     for of in ([str(run_dir)], [model, "--recipe", str(run_dir / RECIPE_FILE)]):
-        assert main(["eval", *of]) == 0
+        assert main(["eval", *of, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["num_puzzles"] == 4
         counts.append(len(asked))
     assert main(["play", str(run_dir), "--nums", "1", "2", "3", "--target", "6"]) == 0
@@ -101,7 +101,8 @@ def test_tags_that_are_special_tokens_earn_rewards(tmp_path, capsys):
     assert max(line.get("rewards/format_reward/mean", 0) for line in logged) > 0.5
     capsys.readouterr()
     for name in (str(model), "tiny_base"):
-        assert main(["eval", name, "--num-puzzles", "20", "--num-samples", "2"]) == 0
+        few = ["--num-puzzles", "20", "--num-samples", "2"]
+        assert main(["eval", name, *few, "--json"]) == 0
     special, plain = map(json.loads, capsys.readouterr().out.replace("}\n{", "}\0{").split("\0"))
     assert special["format"] > 0.5
     assert {**special, "model": "tiny_base"} == plain

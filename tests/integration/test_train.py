@@ -281,7 +281,7 @@ def test_own_rewards_and_data_train_and_the_run_is_evaluated_elsewhere(own_task)
     assert {sample.rewards["for_some"] for sample in samples} == {None, 0.5}
     elsewhere = own_task / "elsewhere"
     elsewhere.mkdir()
-    mini_r1 = [sys.executable, "-m", "mini_r1", "eval", str(run_dir)]
+    mini_r1 = [sys.executable, "-m", "mini_r1", "eval", str(run_dir), "--json"]
     done = subprocess.run(mini_r1, capture_output=True, text=True, timeout=300, cwd=elsewhere)
     assert done.returncode == 0, done.stderr
     after = json.loads((run_dir / "eval" / "after.json").read_text())

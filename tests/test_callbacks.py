@@ -215,7 +215,9 @@ def test_tensorboard_gets_scalars_the_recipe_and_samples(tmp_path, monkeypatch):
     board.on_log(args, state, None, logs={"eval_success": 0.25})
     for state.global_step in range(1, 101):
         rewards = {"equation_reward": 0.0}
-        recorder.latest = Rollout(state.global_step, (1, 2), 3, rewards, "1+2\n</think>")
+        recorder.latest = Rollout(
+            state.global_step, {"nums": [1, 2], "target": 3}, rewards, "1+2\n</think>"
+        )
         board.on_log(args, state, None, logs={"reward": 1.0})
     board.on_train_end(args, state, None)
     assert len(list(tmp_path.glob("events*"))) == 1  # TensorBoard never returns to an earlier file

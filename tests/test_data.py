@@ -87,7 +87,7 @@ def test_split_seed_changes_the_parts():
 def read(path, **changes):
     """The puzzles of both parts, training rows first."""
     train, heldout = load_rows(TaskConfig(dataset_id_or_path=str(path), **changes))
-    return [(list(row.puzzle.nums), row.puzzle.target) for row in (*train, *heldout)]
+    return [(list(row.item.nums), row.item.target) for row in (*train, *heldout)]
 
 
 def refused(path, **changes):
@@ -419,3 +419,75 @@ def test_writing_elsewhere_is_refused(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         write_puzzles(PUZZLES[:1], tmp_path / "no" / "x.jsonl")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- Another task ---------------------------------------------------------------------------
+
+WORDS = [{"words": f"w{i} x", "prompt": "no", "level": i % 3, "note": None} for i in range(40)]
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    """A task of words: its data and its prompt are files in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, [*WORDS, *WORDS[:5]])))
+    (tmp_path / "p.jinja").write_text("Say backwards: {{ words }}\n<think>")
+
+    def task(**changes):
+        keys = {"dataset_id_or_path": "words.jsonl", "prompt_template": "p.jinja"}
+        return TaskConfig(**{**keys, "reward_funcs": ("my_task.backwards",), **changes})
+
+    return task
+
+
+def test_rows_that_are_no_puzzles_are_parted_in_the_same_way(words):
+    task = words()
+    split = load_split(task)
+    assert (len(split.train) + len(split.heldout), split.duplicates) == (40, 5)
+    assert not keys(split.train) & keys(split.heldout)
+    assert all(is_heldout(question.key, task) for question in split.heldout)
+    assert split.columns == {}
+    every = sorted(each.columns["words"] for each in (*split.train, *split.heldout))
+    assert every == sorted(row["words"] for row in WORDS)
+    assert split.train[0].columns.keys() == {"words", "level", "note"}
+    assert load_split(task).hash == split.hash
+
+
+def test_their_columns_reach_prompt_and_rewards(words):
+    task = words(columns={"depth": "level"}, test_share=0.3)
+    split, tokenizer = load_split(task), load_tokenizer("tiny_base")
+    dataset, _ = prompt_dataset(split.train, task.template, tokenizer, 99)
+    assert dataset.column_names == ["prompt", "depth", "words", "note"]
+    for row in dataset:
+        assert row["prompt"] == f"Say backwards: {row['words']}\n<think>"
+        assert row["depth"] == int(row["words"][1:-2]) % 3
+    assert check_head(task) == {"depth": 0, "words": "w0 x", "note": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"columns": {"prompt": "words"}}, "columns: 'prompt' is a name of TRL's; choose another"),
+        ({"columns": {"text": "wrods"}}, "columns: no column 'wrods' in words.jsonl; it has words"),
+        ({"prompt_template": "note.jinja"}, "prompt_template: a column that is filled in holds no"),
+        ({"prompt_template": "text.jinja"}, "'text' is undefined; the row has the columns words"),
+        ({"prompt_template": "no.jinja"}, "prompt_template: no.jinja cannot be read"),
+        ({"prompt_template": "compact"}, "columns: no column 'nums' in words.jsonl"),
+        ({"reward_funcs": ("equation",)}, "columns: no column 'nums' in words.jsonl"),
+    ],
+)
+def test_what_cannot_be_asked_of_them_is_told_in_advance(words, tmp_path, changes, message):
+    for name in ("note", "text"):
+        (tmp_path / f"{name}.jinja").write_text(f"{{{{ {name} }}}}")
+    with pytest.raises(InputError) as caught:
+        check_head(words(**changes))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_data_without_a_usable_column_are_refused(words, tmp_path):
+    (tmp_path / "only.jsonl").write_text('{"prompt": "Say hello"}')
+    with pytest.raises(InputError, match=r"no column of only.jsonl can be used: prompt; TRL takes"):
+        check_head(words(dataset_id_or_path="only.jsonl"))
+    task = words(dataset_id_or_path="only.jsonl", columns={"words": "prompt"})
+    assert check_head(task) == {"words": "Say hello"}

@@ -78,9 +78,10 @@ def command_lines(document):
 
 
 def write_code_blocks(document, folder):
-    """Write the Python blocks, each of which begins with its file's name."""
-    for block in blocks(document, "python"):
-        (folder / re.match(r"# (\w+\.py)\n", block)[1]).write_text(block, encoding="utf-8")
+    """Write the files that are shown: those blocks begin with the file's name."""
+    for block in blocks(document, "python") + blocks(document, "yaml"):
+        if name := re.match(r"# (\w+\.\w+)\n", block):
+            (folder / name[1]).write_text(block, encoding="utf-8")
 
 
 # ---- Paths ----------------------------------------------------------------------------------
@@ -411,7 +412,6 @@ def of_readme():
     yield computed("{:g} minutes before the time limit", int(seconds) / 60)
     nodes = parsed(ROOT / "tests" / "slurm" / "minislurm.sh", r"NODES=\$\{NODES:-(\d+)\}")
     yield computed("a real SLURM of {} nodes", *nodes)
-    yield computed("The game of {}", *parsed(README, r"if solve\(nums, (\d+)\)"))
     text = "the original found 1e-6 unstable after 150 steps, and used 5e-7"
     yield quoted(text, ORIGINAL_RECIPE, UNSTABLE)
 

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import math
 import random
@@ -7,13 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mini_r1 import InputError
+from mini_r1 import InputError, RunFailed
 from mini_r1.bases.cold_start import COLD_STARTS
 from mini_r1.countdown.puzzles import Puzzle
 from mini_r1.data import load_split
 from mini_r1.evaluate import (
     Sample,
+    best_of_k,
     confidence_interval,
+    describe,
     evaluate_model,
     heldout_puzzles,
     pass_at_k,
@@ -23,6 +26,7 @@ from mini_r1.evaluate import (
     tokenize,
 )
 from mini_r1.model import load_model, load_tokenizer
+from mini_r1.recipe import TaskConfig
 from tests.tiny_models import build_tokenizer
 
 TASK = COLD_STARTS["tiny_base"].task
@@ -75,7 +79,7 @@ def test_pass_at_k():
 
 def test_summary():
     def sample(nums, target, equation, truncated=False):
-        return Sample(nums, target, "", 10, truncated, 1.0, equation)
+        return Sample(Puzzle(nums, target), "", 10, truncated, 1.0, equation)
 
     samples = [
         sample((1, 2), 3, 1.0),
@@ -117,7 +121,7 @@ def test_the_result_does_not_depend_on_the_number_of_processes(base, monkeypatch
     shared = [sample_base(base, puzzles, process=rank, num_processes=2) for rank in range(2)]
     assert sorted(alone) == [0, 1, 2]
     assert alone == shared[0] | shared[1]
-    sampled = [sample.nums for batch in alone.values() for sample in batch]
+    sampled = [sample.item.nums for batch in alone.values() for sample in batch]
     assert sampled == [puzzle.nums for puzzle in puzzles for _ in range(2)]
 
 
@@ -156,7 +160,7 @@ def test_counts_tokens_up_to_the_end_and_truncation(base):
     puzzles = [Puzzle((1, 2, 3), 6)]
     (cut,) = sample_base(base, puzzles, num_samples=8, max_completion_length=5).values()
     assert all(sample.truncated and sample.tokens == 5 for sample in cut)
-    assert all(sample.equation == 0.0 for sample in cut)
+    assert all(sample.success == 0.0 for sample in cut)
     (batch,) = sample_base(base, puzzles, num_samples=8, max_completion_length=240).values()
     finished = [sample for sample in batch if not sample.truncated]
     assert finished
@@ -200,3 +204,84 @@ def test_prompts_are_padded_and_have_no_token_types(tmp_path):
     end, (two,) = tokenizer.eos_token_id, tokenizer("2", add_special_tokens=False)["input_ids"]
     assert inputs["input_ids"][0].tolist() == [end, end, tokenizer.bos_token_id, two]
     assert inputs["attention_mask"][0].tolist() == [0, 0, 1, 1]
+
+
+# ---- Another task ---------------------------------------------------------------------------
+
+
+def test_the_best_of_k_is_pass_at_k_and_more():
+    for correct in range(5):
+        scores = [1.0] * correct + [0.0] * (4 - correct)
+        for k in (1, 2, 4):
+            assert best_of_k(scores, k) == pass_at_k(4, correct, k)
+    scores = [0.2, 0.9, 0.9, 0.5]
+    pairs = list(itertools.combinations(scores, 2))
+    assert best_of_k(scores, 2) == pytest.approx(sum(map(max, pairs)) / len(pairs))
+    assert best_of_k(scores, 1) == pytest.approx(sum(scores) / 4)
+    assert best_of_k(scores, 4) == pytest.approx(0.9)
+
+
+def test_an_interval_of_shares_holds_them_and_shrinks():
+    wide, narrow = confidence_interval([0.5, 1.5], 2), confidence_interval([0.5, 1.5] * 50, 2)
+    assert 0 < wide[0] < narrow[0] < 0.5 < narrow[1] < wide[1] < 1
+
+
+OWN = """
+def share(completions, words, completion_ids, trainer_state, **columns):
+    assert trainer_state.global_step == 0 and len(completion_ids) == len(completions)
+    return [len(word) / 4 for word in words]
+
+async def later(completions, **columns):
+    return [1.0] * len(completions)
+
+def wild(completions, **columns):
+    return [2.0] * len(completions)
+
+def none(completions, **columns):
+    return [None] * len(completions)
+"""
+
+
+@pytest.fixture
+def own_task(own_folder):
+    (own_folder / "my_task.py").write_text(OWN)
+    (own_folder / "p.jinja").write_text("{{ words }}<think>")
+    rows = [{"words": "x" * (1 + i % 3), "id": i} for i in range(60)]
+    (own_folder / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def task(reward, **changes):
+        keys = {"dataset_id_or_path": "x.jsonl", "prompt_template": "p.jinja", "test_share": 0.3}
+        keys |= {"num_eval_puzzles": 6, "num_eval_samples": 2, "reward_funcs": (reward,)}
+        return TaskConfig(**{**keys, **changes})
+
+    return task
+
+
+def evaluated(task):
+    model, tokenizer, split = load_model("tiny_base"), load_tokenizer("tiny_base"), load_split(task)
+    puzzles = heldout_puzzles(split, task)
+    batches = sample_batches(
+        model, tokenizer, puzzles, task, max_completion_length=4, columns=split.columns
+    )
+    samples = [sample for _, batch in batches for sample in batch]
+    return summarize(samples, task), [puzzle.columns["words"] for puzzle in puzzles]
+
+
+def test_the_mean_of_a_reward_is_reported(own_task):
+    result, words = evaluated(own_task("my_task.share"))
+    shares = [len(word) / 4 for word in words]
+    assert result["success"] == pytest.approx(sum(shares) / 6)
+    assert result["pass_at"] == {"1": pytest.approx(sum(shares) / 6)} | {
+        "2": pytest.approx(sum(shares) / 6)
+    }
+    assert result["rule"] == "the mean of the reward share"
+    assert result["examples"][0]["row"]["words"] == words[0]
+    assert not result.keys() & {"by_difficulty", "behaviors", "format", "plus_minus_only_share"}
+    assert "need only" not in describe(result)
+    assert evaluated(own_task("my_task.wild", eval_reward="my_task.later"))[0]["success"] == 1.0
+
+
+@pytest.mark.parametrize(("reward", "returned"), [("wild", "2.0"), ("none", "None")])
+def test_a_reward_that_cannot_be_success_is_told(own_task, reward, returned):
+    with pytest.raises(RunFailed, match=f"my_task.{reward} returned {returned}, and what is succ"):
+        evaluated(own_task(f"my_task.{reward}"))

@@ -26,8 +26,7 @@ LOGS = {
 FIGURES = ["reward 1.25", "success 25%", "tokens 33", "truncated 0%", "no signal 50%"]
 SAMPLE = Rollout(
     3,
-    (4, 5, 12),
-    68,
+    {"nums": [4, 5, 12], "target": 68},
     {"equation_reward": 1.0},
     "12+5=18\n12+5=17\n</think>\n<answer>(12+5)*4\x1b[2J</answer>",
 )
@@ -118,7 +117,7 @@ def test_the_panel_shows_figures_and_a_fresh_sample_with_its_verdict(view, termi
         now += 4000
         log(view, state, eval_success=0.238)
         log(view, state, **LOGS)
-        later = Rollout(4, (1, 2), 3, {"equation_reward": 0.0}, "1+2=3")
+        later = Rollout(4, {"nums": [1, 2], "target": 3}, {"equation_reward": 0.0}, "1+2=3")
         view._sample_since = now  # there is time to read it
         view._recorder.latest = later
         log(view, state, **LOGS)
@@ -181,7 +180,7 @@ def test_the_panel_says_what_the_run_does(view, terminal):
 
 
 def test_of_a_long_sample_the_end_is_shown(view):
-    view._sample = Rollout(1, (1, 2), 3, {}, "1+1=3 " * 300 + "the end")
+    view._sample = Rollout(1, {"nums": [1, 2], "target": 3}, {}, "1+1=3 " * 300 + "the end")
     title, body = live._shown(view._sample)
     assert title.plain.endswith("failed")
     assert body.plain.startswith("… ")

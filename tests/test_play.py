@@ -17,11 +17,11 @@ PUZZLE = Puzzle((4, 5, 12), 68)
 def test_the_text_comes_in_parts_that_make_the_whole():
     parts = []
     weights, task, length, _ = weights_and_task("tiny_base")
-    text = think(weights, PUZZLE, task, length, 1, parts.append)
+    text = think(weights, PUZZLE.columns, task, length, 1, parts.append)
     assert len(parts) > 10
     assert "".join(parts) == text + "\n"
     assert "</think>" in text
-    assert think(weights, PUZZLE, task, length, 1, lambda part: None) == text
+    assert think(weights, PUZZLE.columns, task, length, 1, lambda part: None) == text
 
 
 def test_a_letter_of_several_tokens_waits_until_it_is_complete():

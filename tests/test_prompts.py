@@ -1,10 +1,18 @@
+import re
+
 import pytest
 from tokenizers.normalizers import Lowercase, Replace
 
 from mini_r1 import InputError
 from mini_r1.completion import THINK_CLOSE, THINK_OPEN
 from mini_r1.model import EMBEDDED_BASES, load_tokenizer
-from mini_r1.prompts import MINI_R1_SYSTEM, PROMPT_TEMPLATES, THINK_PREFILL
+from mini_r1.prompts import (
+    MINI_R1_SYSTEM,
+    PROMPT_TEMPLATES,
+    THINK_PREFILL,
+    PromptTemplate,
+    get_prompt_template,
+)
 from tests.tiny_models import CHAT_TEMPLATES, CHATML, build_tokenizer, trl_template
 
 ORIGINAL = """<|im_start|>system
@@ -57,6 +65,7 @@ def test_base_models_need_no_chat_template():
 # ---- The gate -------------------------------------------------------------------------------
 
 NUMS, TARGET = [44, 19, 35], 98
+ROW = {"nums": NUMS, "target": TARGET}
 # All that TRL ships, those that it changes for its own training aside.
 TRL_TEMPLATES = sorted(
     path.stem for path in CHAT_TEMPLATES.glob("*.jinja") if "_training" not in path.stem
@@ -74,7 +83,7 @@ def with_template(chat_template, **changes):
 
 
 def rendered(name, tokenizer, **kwargs):
-    return PROMPT_TEMPLATES[name].renderer(tokenizer, kwargs)(NUMS, TARGET)
+    return PROMPT_TEMPLATES[name].renderer(tokenizer, kwargs)(ROW)
 
 
 def refusal(tokenizer, name="mini-r1", **kwargs):
@@ -93,7 +102,7 @@ def test_whatever_the_chat_template_the_turn_is_the_prefill(chat_template):
     tokenizer = with_template(trl_template(chat_template), adds="<bos> $A")
     for name, template in PROMPT_TEMPLATES.items():
         prompt = rendered(name, tokenizer)
-        question = template.question(NUMS, TARGET)
+        question = template.question(ROW)
         before, _, turn = prompt.partition(question)
         assert (template.system or "") in before
         header = turn.removesuffix(template.prefill or "")
@@ -117,7 +126,7 @@ def test_nothing_is_changed_in_what_is_right(model, name):
     tokenizer = load_tokenizer(model) if is_base else with_template(trl_template(model))
     messages = [{"role": "system", "content": template.system}] if template.system else []
     messages += [
-        {"role": "user", "content": template.question(NUMS, TARGET)},
+        {"role": "user", "content": template.question(ROW)},
         {"role": "assistant", "content": template.prefill},
     ]
     expected = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
@@ -260,3 +269,111 @@ def test_a_tokenizer_that_cannot_spell_the_prompt_is_refused(normalizer):
     tokenizer = with_template(CHATML)
     tokenizer.backend_tokenizer.normalizer = normalizer
     assert "model_name_or_path: its tokenizer cannot spell the prompt" in refusal(tokenizer)
+
+
+# ---- Templates of one's own -----------------------------------------------------------------
+
+CHAT_FILE = """
+- role: system
+  content: You say things.
+- role: user
+  content: |
+    Say backwards: {{ words | join(' ') }}
+- role: assistant
+  content: |
+    Well.
+    <think>
+"""
+
+
+def test_a_chat_in_a_file_passes_the_same_gate(tmp_path):
+    (tmp_path / "p.yaml").write_text(CHAT_FILE)
+    template = get_prompt_template(str(tmp_path / "p.yaml"))
+    assert template == PromptTemplate(
+        "Say backwards: {{ words | join(' ') }}\n", "You say things.", "Well.\n<think>"
+    )
+    assert template.opens_think
+    row = {"words": ["a", "b"], "other": 1}
+    render = template.renderer(build_tokenizer("qwen3"), None, row)
+    assert render(row) == (
+        "<|im_start|>system\nYou say things.<|im_end|>\n"
+        "<|im_start|>user\nSay backwards: a b<|im_end|>\n"
+        "<|im_start|>assistant\nWell.\n<think>"
+    )
+    assert "Say backwards: c<|im_end|>" in render({"words": ["c"]})
+
+
+@pytest.mark.parametrize("chat_template", sorted({*TRL_TEMPLATES} - {*FOR_IMAGES}))
+def test_without_a_message_of_the_assistant_the_model_opens_its_turn(tmp_path, chat_template):
+    (tmp_path / "p.yaml").write_text("- {role: user, content: 'Say backwards: {{ words }}'}\n")
+    template = get_prompt_template(str(tmp_path / "p.yaml"))
+    assert not template.opens_think
+    tokenizer, row = with_template(trl_template(chat_template)), {"words": "a b"}
+    prompt = template.renderer(tokenizer, None, row)(row)
+    assert prompt.count("Say backwards: a b") == 1
+    assert not re.search(r"</?think>\s*$", prompt)
+
+
+def test_a_text_in_a_file_is_the_whole_prompt(tmp_path):
+    (tmp_path / "p.jinja").write_text("Q: {{ a }} + {{ b }}\nA: <think>\n")
+    template = get_prompt_template(str(tmp_path / "p.jinja"))
+    assert template.opens_think
+    row = {"a": 1, "b": 2.5}
+    tokenizer = build_tokenizer("llama")
+    render = template.renderer(tokenizer, None, row)
+    assert render(row) == "Q: 1 + 2.5\nA: <think>"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("none.yaml", None, "none.yaml cannot be read: No such file or directory"),
+        ("p.yaml", "- [", "p.yaml is not valid YAML"),
+        ("p.yaml", "user: hello", "want a list of messages"),
+        ("p.yaml", "- {role: user}", "want a list of messages"),
+        ("p.yaml", "- {role: user, content: 3}", "want a list of messages"),
+        ("p.yaml", "- {role: assistant, content: a}", "of which user alone is needed"),
+        (
+            "p.yaml",
+            "[{role: user, content: a}, {role: system, content: b}]",
+            "system, user and assistant in this order",
+        ),
+        (
+            "p.yaml",
+            "[{role: user, content: a}, {role: user, content: b}]",
+            "system, user and assistant in this order",
+        ),
+        (
+            "p.yaml",
+            "[{role: system, content: '{{ a }}'}, {role: user, content: b}]",
+            "the columns of the data go into the user's content only",
+        ),
+        ("p.yaml", "- {role: user, content: ' '}", "asks nothing"),
+        ("p.jinja", "", "asks nothing"),
+        ("p.jinja", "a\n{{ b }\n", "unexpected '}', in '{{ b }'"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_explained(tmp_path, monkeypatch, name, text, problem):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError) as caught:
+        get_prompt_template(name)
+    assert str(caught.value).startswith("prompt_template: ")
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{{ wrods }}", "'wrods' is undefined; the row has the columns words, none"),
+        ("{{ words.x.y }}", "the row has the columns words, none"),
+        ("{{ none }}", "a column that is filled in holds nothing"),
+        ("{{ words / 0 }}", "cannot be filled in"),
+    ],
+)
+def test_a_row_that_cannot_be_filled_in_is_explained(text, problem):
+    with pytest.raises(InputError, match=r"^prompt_template: ") as caught:
+        PromptTemplate(text).question({"words": "a", "none": None})
+    assert problem in str(caught.value)

@@ -553,3 +553,65 @@ def test_a_misspelt_key_ends_in_seconds_with_exit_code_2(write, command):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "did you mean 'learning_rate'?" in done.stderr
+
+
+# ---- Another task ---------------------------------------------------------------------------
+
+
+def own(write, folder, lines="", prompt="<think>"):
+    (folder / "my_task.py").write_text("def f(completions, **columns): return [0.0]\n")
+    (folder / "p.jinja").write_text(f"{{{{ words }}}}{prompt}")
+    return write(f"{MINIMAL}dataset_id_or_path: x.jsonl\nprompt_template: p.jinja\n{lines}")
+
+
+@pytest.mark.parametrize(
+    ("lines", "countdown", "success"),
+    [
+        ("reward_funcs: [my_task.f]", False, "my_task.f"),
+        ("reward_funcs: [format, my_task.f]", False, "format"),
+        ("reward_funcs: [format, my_task.f]\neval_reward: my_task.f", False, "my_task.f"),
+        ("reward_funcs: [my_task.f, equation]", True, "equation"),
+        ("reward_funcs: [my_task.f]\nprompt_template: compact", True, "equation"),
+        ("reward_funcs: [my_task.f]\ndataset_id_or_path: generated", True, "equation"),
+        ("eval_reward: format", True, "format"),
+    ],
+)
+def test_what_is_a_number_puzzle_and_what_is_success(write, own_folder, lines, countdown, success):
+    text = own(write, own_folder).read_text()
+    for line in lines.splitlines():
+        key = line.partition(":")[0]
+        text = "".join(each for each in text.splitlines(True) if not each.startswith(f"{key}:"))
+        text += f"{line}\n"
+    task = load_recipe(write(text)).task
+    assert (task.is_countdown, task.success_reward) == (countdown, success)
+
+
+@pytest.mark.parametrize(
+    ("lines", "prompt", "message"),
+    [
+        ("eval_reward: my_task.g", "<think>", "line 5: eval_reward: my_task.py has no 'g'"),
+        (
+            "reward_funcs: [format, my_task.f]",
+            "A:",
+            "line 3: prompt_template: the reward format wants a prompt that ends in <think>",
+        ),
+        ("", "{{", "line 3: prompt_template: p.jinja: "),
+    ],
+)
+def test_prompt_and_rewards_must_fit(write, own_folder, lines, prompt, message):
+    lines = lines if "reward_funcs" in lines else f"reward_funcs: [my_task.f]\n{lines}"
+    with pytest.raises(InputError) as caught:
+        load_recipe(own(write, own_folder, lines, prompt))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_template_is_no_file(write):
+    with pytest.raises(InputError, match="prompt_template: no 'tinyzer'; did you mean 'tinyzero'"):
+        load_recipe(write(f"{MINIMAL}prompt_template: tinyzer\n"))
+
+
+def test_generated_puzzles_have_no_further_columns(write, own_folder):
+    (own_folder / "my_task.py").write_text("def f(completions, level, **columns): return [0.0]\n")
+    with pytest.raises(InputError, match=r"line 2: reward_funcs: 'my_task.f' wants 'level'"):
+        load_recipe(write(f"{MINIMAL}reward_funcs: [my_task.f]\n"))

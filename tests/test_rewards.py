@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_r1 import InputError
-from mini_r1.rewards import COLUMNS, equation_reward, format_reward, get_reward_functions
+from mini_r1.rewards import TRL_COLUMNS, equation_reward, format_reward, get_reward_functions
 from tests.countdown.reference import reference_value
 
 # The tutorial's five examples, in our words.
@@ -234,7 +234,9 @@ def test_whatever_can_be_called_is_a_reward(write, path, attribute):
     assert reward.name == attribute.rpartition(".")[2]
     assert reward.path == path.format(attribute)
     assert reward.is_async is attribute.startswith("slow")
-    returned = reward.function(**dict.fromkeys(COLUMNS) | {"completions": ["a", "bb"]})
+    returned = reward.function(
+        **dict.fromkeys((*TRL_COLUMNS, "nums", "target")) | {"completions": ["a", "bb"]}
+    )
     assert (asyncio.run(returned) if reward.is_async else returned) == [0.0, 1.0]
 
 
@@ -387,15 +389,15 @@ MISTAKES = {
         "my_task.bonus",
         "cannot be called: got an unexpected keyword argument 'prompts'; it gets prompts, compl",
     ),
-    "a missing column": (
-        "def bonus(completions, answer, **columns): return [1.0]\n",
+    "no room for columns": (
+        "def bonus(completions, answer): return [1.0]\n",
         "my_task.bonus",
-        "cannot be called: missing a required argument: 'answer'; it gets prompts, completions",
+        "cannot be called: got an unexpected keyword argument 'prompts'; it gets prompts, compl",
     ),
     "a method of nothing": (
         "class Bonus:\n    def score(self, completions, **columns): return [1.0]\n",
         "my_task.Bonus.score",
-        "missing a required argument: 'self'",
+        "'my_task.Bonus.score' is a method; make an object, and name the method of that",
     ),
     "name of a library": (BONUS, "colorsys.bonus", "rename it, or write colorsys.py:bonus"),
     "name of a built-in": (BONUS, "time.bonus", "installed module (built-in), which comes first"),
@@ -460,3 +462,36 @@ def test_imports_in_milliseconds_without_torch():
         "assert not {'torch', 'transformers', 'datasets', 'trl'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- The columns of the data ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reward", "columns", "message"),
+    [
+        ("def f(completions, words, **columns): pass", ["words", "level"], None),
+        ("def f(words, **columns): pass", ["words"], None),
+        ("def f(completions, words=None, **columns): pass", ["level"], None),
+        (
+            "def f(completions, wrods, **columns): pass",
+            ["words", "level"],
+            "'my_task.f' wants 'wrods', and the data have words, level; write columns: {wrods: its",
+        ),
+        ("f = functools.partial(lambda a, words, **columns: 0, 1)", ["words"], None),
+        (
+            f"def f({', '.join(TRL_COLUMNS)}, w): 0",
+            ["w", "x"],
+            "'my_task.f' cannot be called: got an unexpected keyword argument 'x'; it gets prompts",
+        ),
+    ],
+)
+def test_a_reward_wants_the_columns_that_the_data_have(write, reward, columns, message):
+    write("my_task.py", f"import functools\n{reward}\n")
+    (found,) = get_reward_functions(["my_task.f"])
+    if message is None:
+        found.check_columns(columns)
+    else:
+        with pytest.raises(InputError, match=r"^reward_funcs: ") as caught:
+            found.check_columns(columns)
+        assert message in str(caught.value)

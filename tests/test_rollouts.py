@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mini_r1 import InputError, RunFailed
+from mini_r1.recipe import TaskConfig
 from mini_r1.rewards import RewardFunction, get_reward_functions
 from mini_r1.rollouts import (
     ALL_FILE,
@@ -50,8 +51,10 @@ def test_samples_carry_step_puzzle_and_rewards(tmp_path):
     assert 8 <= len(everything) <= 35  # a tenth of 200
     assert 3 <= len(solved) <= 20  # a tenth of the 100 solved ones
     rewards = {"format_reward": 1.0, "equation_reward": 1.0}
-    assert set(map(repr, solved)) == {repr(Rollout(7, (1, 2), 3, rewards, COMPLETIONS[0]))}
-    assert recorder.latest == Rollout(7, (1, 2), 3, rewards, COMPLETIONS[0])
+    assert set(map(repr, solved)) == {
+        repr(Rollout(7, {"nums": [1, 2], "target": 3}, rewards, COMPLETIONS[0]))
+    }
+    assert recorder.latest == Rollout(7, {"nums": [1, 2], "target": 3}, rewards, COMPLETIONS[0])
 
 
 def test_only_rank_zero_writes_and_every_rank_logs_behaviors_once(tmp_path):
@@ -250,7 +253,12 @@ def test_completions_that_nothing_scores_are_told_of_once(tmp_path, capsys):
 
 def samples(step, count=200, text="1+1=2\n</think>\n<answer>1+1</answer>"):
     return [
-        Rollout(step, (1, 1), 2, {"format_reward": 1.0, "equation_reward": float(i % 2)}, text)
+        Rollout(
+            step,
+            {"nums": [1, 1], "target": 2},
+            {"format_reward": 1.0, "equation_reward": float(i % 2)},
+            text,
+        )
         for i in range(count)
     ]
 
@@ -295,4 +303,61 @@ def test_rewinding_drops_the_later_steps(tmp_path):
 
 
 def test_a_sample_names_its_puzzle():
-    assert samples(1)[0].puzzle == "make 2 from 1, 1"
+    assert samples(1)[0].question == "make 2 from 1, 1"
+
+
+# ---- Another task ---------------------------------------------------------------------------
+
+
+def test_the_rows_of_another_task_are_kept_as_they_are(tmp_path):
+    task = TaskConfig(
+        dataset_id_or_path="x.jsonl", prompt_template="p.yaml", reward_funcs=("a", "b")
+    )
+    rewards = [
+        RewardFunction("a", "a", (), lambda completions, **columns: [1.0, 0.25] * 50),
+        RewardFunction("b", "b", (), lambda completions, **columns: [None] * 100),
+    ]
+    recorder, logged = RolloutRecorder(tmp_path, task), []
+    texts = ["==== step 9 row {} rewards {}\n", "<think>\n==== step 1 "] * 50
+    for function in recorder.watch(rewards):
+        function(
+            prompts=["no"] * 100,
+            completions=texts,
+            completion_ids=[[1]] * 100,
+            words=['a "b" rewards {c}\nd'] * 100,
+            level=[{"of": 1}] * 100,
+            trainer_state=SimpleNamespace(global_step=4, is_world_process_zero=True),
+            log_metric=lambda *metric: logged.append(metric),
+            log_extra=None,
+        )
+    assert logged == [("success", 0.625)]  # and no behaviours
+    row = {"words": 'a "b" rewards {c}\nd', "level": {"of": 1}}
+    first = Rollout(5, row, {"a": 1.0, "b": None}, texts[0], "a")
+    assert recorder.latest == first
+    assert (first.solved, first.verdict) == (True, "solved")
+    assert first.question == "words a \"b\" rewards {c} d, level {'of': 1}"
+    kept, solved = (read_samples(tmp_path / name) for name in (ALL_FILE, SOLVED_FILE))
+    assert {(each.step, str(each.row), each.judge) for each in kept} == {(5, str(row), "a")}
+    # What looks like the head of an entry is indented.
+    assert {each.text for each in kept} <= {f" {texts[0]}", texts[1].replace("\n=", "\n =")}
+    assert {each.score for each in solved} == {1.0}
+    rewind_samples(tmp_path, 4)
+    assert read_samples(tmp_path / ALL_FILE) == []
+
+
+def test_without_a_reward_for_success_none_is_told(tmp_path):
+    task = TaskConfig(
+        dataset_id_or_path="x.jsonl", prompt_template="p.yaml", reward_funcs=("a",), eval_reward="b"
+    )
+    recorder, logged = RolloutRecorder(tmp_path, task), []
+    reward = RewardFunction("a", "a", (), lambda completions, **columns: [1.0] * 100)
+    (function,) = recorder.watch([reward])
+    function(
+        completions=["x"] * 100,
+        words=["a"] * 100,
+        trainer_state=SimpleNamespace(global_step=4, is_world_process_zero=True),
+        log_metric=lambda *metric: logged.append(metric),
+    )
+    assert logged == []
+    kept = read_samples(tmp_path / ALL_FILE)
+    assert {(each.judge, each.score, each.solved) for each in kept} == {(None, None, False)}

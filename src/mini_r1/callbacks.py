@@ -62,7 +62,7 @@ class TensorBoard(TensorBoardCallback):
         if latest is not None and (shown is None or latest.step - shown.step >= apart):
             # Markdown leaves indented lines as they are.
             text = "\n".join(f"    {line}" for line in latest.text.strip().splitlines())
-            title = f"{latest.puzzle}: {latest.verdict}"
+            title = f"{latest.question}: {latest.verdict}"
             self.tb_writer.add_text("samples", f"{title}\n\n{text}", latest.step)
             self._shown = latest
 

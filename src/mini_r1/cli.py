@@ -318,11 +318,11 @@ def data_check(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    from mini_r1.data import audit, load_rows
+    from mini_r1.data import audit, load_rows, puzzles_of
     from mini_r1.recipe import TaskConfig
 
     train, heldout = (
-        [row.puzzle for row in rows]
+        puzzles_of(row.item for row in rows)
         for rows in load_rows(
             TaskConfig(
                 dataset_id_or_path=args.source, dataset_split=args.split, columns=args.columns

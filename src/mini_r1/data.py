@@ -6,7 +6,8 @@ same parts, and no puzzle can stand in both. Where the data's author made a part
 part is held out as it is, and whatever of it stands among the training rows is dropped from them.
 
 A row is its columns. One step, `_rows`, makes a puzzle of two of them, `nums` and `target`, which
-the recipe's `columns` may look up under other names; the rest go to the rewards as they are.
+the recipe's `columns` may look up under other names; the rest go to the rewards as they are. Where
+the task is no Countdown game (`TaskConfig.is_countdown`), a row is a question instead.
 """
 
 import json
@@ -14,6 +15,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,7 +25,7 @@ from mini_r1.countdown.puzzles import Puzzle, generate, uniform_hash
 from mini_r1.countdown.solver import Difficulty, check_numbers, difficulty
 from mini_r1.prompts import PromptTemplate
 from mini_r1.recipe import TaskConfig
-from mini_r1.tables import KEY, Table, load_tables
+from mini_r1.tables import KEY, Parts, Table, load_tables
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,14 +47,14 @@ BETWEEN_ITEMS = re.compile(r"\s*,\s*|\s+")
 
 @dataclass(frozen=True)
 class Split:
-    """The two parts of a task's puzzles, each in the order of its hashes.
+    """The two parts of a task's puzzles or questions, each in the order of its hashes.
 
-    Of equal puzzles the first is kept, and a held-out one before one to train on; `duplicates`
-    counts those that were dropped. `columns` holds what else is in a puzzle's row, by its key.
+    Of equal ones the first is kept, and a held-out one before one to train on; `duplicates` counts
+    those that were dropped. `columns` holds what else is in a puzzle's row, by its key.
     """
 
-    train: tuple[Puzzle, ...]
-    heldout: tuple[Puzzle, ...]
+    train: "tuple[Item, ...]"
+    heldout: "tuple[Item, ...]"
     duplicates: int
     columns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -66,10 +68,32 @@ class Split:
         return sha256("\n\n".join(parts).encode()).hexdigest()
 
 
-class Row(NamedTuple):
-    """A puzzle, and which row of which table it is made of; no table: it was generated."""
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A row of a task that is not the Countdown game.
 
-    puzzle: Puzzle
+    Attributes:
+        columns: what is in it, for the prompt and for the rewards.
+        table, index: where it stands.
+    """
+
+    columns: Mapping[str, Any]
+    table: Table = field(repr=False)
+    index: int
+
+    @cached_property
+    def key(self) -> str:
+        """The canonical key: what is in the row."""
+        return json.dumps(self.columns, sort_keys=True, ensure_ascii=False, default=str)
+
+
+Item = Puzzle | Question  # what a prompt asks
+
+
+class Row(NamedTuple):
+    """A puzzle or question, and which row of which table it is; no table: it was generated."""
+
+    item: Item
     table: Table | None = None
     index: int = 0
 
@@ -85,8 +109,8 @@ def load_split(task: TaskConfig) -> Split:
     # Of equal puzzles the first is kept, the author's held-out ones before all others.
     distinct: dict[str, Row] = {}
     for row in (*heldout, *train):
-        distinct.setdefault(row.puzzle.key, row)
-    by_author = {row.puzzle.key for row in heldout}
+        distinct.setdefault(row.item.key, row)
+    by_author = {row.item.key for row in heldout}
 
     # What is taken, and which part it goes to.
     ordered = sorted(distinct, key=lambda key: uniform_hash("take", task.split_seed, key))
@@ -95,14 +119,15 @@ def load_split(task: TaskConfig) -> Split:
     train_keys = [key for key in taken if key not in held_out]
     heldout_keys = [key for key in ordered if key in held_out]
     if not train_keys or not heldout_keys:
+        what = "puzzles" if task.is_countdown else "rows"
         raise InputError(
-            f"{len(taken)} puzzles in {task.dataset_id_or_path} leave {len(train_keys)} to train "
-            f"on and {len(heldout_keys)} held out; use more puzzles or another test_share",
+            f"{len(taken)} {what} in {task.dataset_id_or_path} leave {len(train_keys)} to train "
+            f"on and {len(heldout_keys)} held out; use more {what} or another test_share",
             key=KEY,
         )
     return Split(
-        train=tuple(distinct[key].puzzle for key in train_keys),
-        heldout=tuple(distinct[key].puzzle for key in heldout_keys),
+        train=tuple(distinct[key].item for key in train_keys),
+        heldout=tuple(distinct[key].item for key in heldout_keys),
         duplicates=len(train) + len(heldout) - len(distinct),
         columns=_further_columns(
             {key: distinct[key] for key in (*train_keys, *heldout_keys)}, task.columns or {}
@@ -131,26 +156,54 @@ def load_rows(task: TaskConfig) -> tuple[list[Row], list[Row]]:
         except ValueError as error:
             raise InputError(str(error), key="num_puzzles") from None
     tables = load_tables(task.dataset_id_or_path, task.dataset_split, task.heldout_split)
-    train, heldout = (
-        [row for table in part for row in _rows(table, task.columns or {})] for part in tables
-    )
-    return train, heldout
+    return _rows_of(tables, task)
 
 
-def check_head(task: TaskConfig) -> None:
-    """Try the first rows of what is on this machine.
+def check_head(task: TaskConfig) -> Mapping[str, Any]:
+    """Try the first rows of what is on this machine, and return the columns of the first.
 
     Raises:
-        InputError: as `load_rows`.
+        InputError: as `load_rows`, or a row cannot be asked.
     """
     head = load_tables(task.dataset_id_or_path, task.dataset_split, task.heldout_split, head=True)
-    for table in (*head.train, *head.heldout):
-        for _ in _rows(table, task.columns or {}):
-            pass
+    train, heldout = _rows_of(head, task)
+    rows = {row.item.key: row for row in (*train, *heldout)}
+    further, template = _further_columns(rows, task.columns or {}), task.template
+    asked = [row_columns(row.item, further) for row in rows.values()]
+    for columns in asked:
+        template.question(columns)
+    return asked[0]
+
+
+def puzzles_of(items: Iterable[Item]) -> list[Puzzle]:
+    """Those of a part that can only be puzzles.
+
+    Raises:
+        InputError: they are the rows of another task.
+    """
+    items = list(items)
+    puzzles = [item for item in items if isinstance(item, Puzzle)]
+    if len(puzzles) < len(items):
+        raise InputError(
+            "this is for number puzzles only, and the recipe asks something else",
+            key="prompt_template",
+        )
+    return puzzles
+
+
+def row_columns(
+    item: Item, further: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """All columns of a puzzle or question, which prompt and rewards are made of.
+
+    Args:
+        further: `Split.columns`.
+    """
+    return {**(further or {}).get(item.key, {}), **item.columns}
 
 
 def prompt_dataset(
-    puzzles: Iterable[Puzzle],
+    puzzles: Sequence[Item],
     template: PromptTemplate,
     tokenizer: "PreTrainedTokenizerBase",
     max_prompt_length: int,
@@ -160,28 +213,23 @@ def prompt_dataset(
     """What the trainer draws from.
 
     Args:
+        puzzles: or questions.
         max_prompt_length: in tokens; today's TRL neither truncates nor drops prompts by itself.
         chat_template_kwargs: see `PromptTemplate.renderer`.
         columns: further ones for the rewards, by the puzzle's key: `Split.columns`.
 
     Returns:
-        a dataset with the columns prompt (str), target (int) and nums (list of int), the further
-        ones beside them, and how many prompts were too long for it.
+        a dataset with the column prompt (str) and those of the rows: of puzzles target (int) and
+        nums (list of int), and the further ones; and how many prompts were too long for it.
 
     Raises:
         InputError: this model cannot be asked so, or all prompts are too long.
     """
     from datasets import Dataset
 
-    render = template.renderer(tokenizer, chat_template_kwargs)
-    rows = []
-    for puzzle in puzzles:
-        row = {
-            "prompt": render(puzzle.nums, puzzle.target),
-            "target": puzzle.target,
-            "nums": list(puzzle.nums),
-        }
-        rows.append({**(columns or {}).get(puzzle.key, {}), **row})
+    rows = [row_columns(puzzle, columns) for puzzle in puzzles]
+    render = template.renderer(tokenizer, chat_template_kwargs, rows[0])
+    rows = [{"prompt": render(row), **row} for row in rows]
     lengths = [len(ids) for ids in tokenizer([row["prompt"] for row in rows])["input_ids"]]
     kept = [row for row, length in zip(rows, lengths, strict=True) if length <= max_prompt_length]
     if not kept:
@@ -246,6 +294,48 @@ def audit(puzzles: Iterable[Puzzle], heldout: Sequence[Puzzle] = ()) -> dict[str
 
 
 # ---- Rows -----------------------------------------------------------------------------------
+
+
+def _rows_of(parts: Parts, task: TaskConfig) -> tuple[list[Row], list[Row]]:
+    """What the rows of both parts are: puzzles, or the questions of another task."""
+    columns = task.columns or {}
+    if task.is_countdown:
+        train, heldout = (
+            [row for table in part for row in _rows(table, columns)] for part in parts
+        )
+    else:
+        tables = [*parts.train, *parts.heldout]
+        train, heldout = (list(_questions(part, columns, tables)) for part in parts)
+        rows = [row.item.columns for row in (*train, *heldout)]
+        for name in rows[0]:
+            _check_column(name, [row[name] for row in rows])
+    return train, heldout
+
+
+def _questions(
+    part: Sequence[Table], columns: Mapping[str, str], tables: Sequence[Table]
+) -> Iterator[Row]:
+    """A question of each row, all with the same columns: those of the recipe, then the others."""
+    hidden = {*RESERVED_COLUMNS, *columns.values()}
+    if reserved := sorted(RESERVED_COLUMNS.intersection(columns)):
+        raise InputError(f"'{reserved[0]}' is a name of TRL's; choose another", key="columns")
+    names = [*columns, *(name for table in tables for name in table.columns if name not in hidden)]
+    names = list(dict.fromkeys(names))
+    if not names:
+        raise InputError(
+            f"no column of {tables[0].source} can be used: {', '.join(tables[0].columns)}; TRL "
+            "takes these names for itself; write columns: {question: NAME}",
+            key=KEY,
+        )
+    for table in part:
+        values = {
+            name: table.column(name, columns.get(name))
+            for name in names
+            if name in columns or name in table.columns
+        }
+        for index in range(len(table)):
+            row = {name: values[name][index] if name in values else None for name in names}
+            yield Row(Question(row, table, index), table, index)
 
 
 def _rows(table: Table, columns: Mapping[str, str]) -> Iterator[Row]:
@@ -334,8 +424,10 @@ def _further_columns(
     """
     by_table = defaultdict(list)
     for key, row in rows.items():
-        if row.table is not None:
+        if row.table is not None and isinstance(row.item, Puzzle):
             by_table[row.table].append((key, row.index))
+    if not by_table:
+        return {}
     # Those of the recipe under their names here, the others under their own; the same order in
     # every process.
     hidden = {*RESERVED_COLUMNS, "nums", "target", *columns.values()}

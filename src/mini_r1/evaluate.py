@@ -7,47 +7,67 @@ the number of processes, and the training's random state is untouched.
     mini-r1 eval runs/tiny-cpu --num-puzzles 1000 --num-samples 4
 """
 
+import asyncio
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from statistics import fmean, variance
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    BatchEncoding,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from mini_r1 import InputError
+from mini_r1 import InputError, RunFailed, quirks
 from mini_r1.behaviors import behavior, summarize_behaviors
 from mini_r1.countdown.puzzles import Puzzle, uniform_hash
 from mini_r1.countdown.solver import Difficulty, difficulty
-from mini_r1.data import Split, load_split
+from mini_r1.data import Item, Split, load_split, row_columns
 from mini_r1.launch.memory import EVALUATION_BATCH
 from mini_r1.model import load_model, load_tokenizer
-from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TaskConfig
-from mini_r1.rewards import equation_reward, format_reward
-from mini_r1.run import Evaluation, Example, Group, weights_and_task
+from mini_r1.rewards import (
+    REWARDS,
+    RewardFunction,
+    equation_reward,
+    format_reward,
+    get_reward_functions,
+)
+from mini_r1.run import Evaluation, Example, Group, OfPuzzles, weights_and_task
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 RULE = "every given number used exactly once, exact arithmetic"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One judged completion of one held-out puzzle; `tokens` counts the end-of-sequence token."""
+    """One judged completion of one held-out puzzle or question.
 
-    nums: tuple[int, ...]
-    target: int
+    Attributes:
+        tokens: the end-of-sequence token included.
+        format: of the format reward.
+        success: of the task's success reward, 0 to 1.
+    """
+
+    item: Item
     completion: str
     tokens: int
     truncated: bool
     format: float
-    equation: float
+    success: float
 
 
 def evaluate_model(
@@ -78,9 +98,10 @@ def evaluate_model(
     }
     task = replace(task, **{key: value for key, value in changes.items() if value is not None})
     # Whatever can be refused is refused before the weights are loaded.
-    tokenizer = load_tokenizer(weights)
-    PROMPT_TEMPLATES[task.prompt_template].renderer(tokenizer, chat_template_kwargs)
-    puzzles = heldout_puzzles(load_split(task), task)
+    tokenizer, split = load_tokenizer(weights), load_split(task)
+    puzzles = heldout_puzzles(split, task)
+    sample = row_columns(puzzles[0], split.columns)
+    task.template.renderer(tokenizer, chat_template_kwargs, sample)
     model = load_model(weights)
     with progress_bar(len(puzzles) * task.num_eval_samples, Path(name).name) as on_batch:
         batches = sample_batches(
@@ -90,6 +111,7 @@ def evaluate_model(
             task,
             max_completion_length=max_completion_length,
             chat_template_kwargs=chat_template_kwargs,
+            columns=split.columns,
             seed=seed,
             on_batch=on_batch,
         )
@@ -99,7 +121,7 @@ def evaluate_model(
     )
 
 
-def heldout_puzzles(split: Split, task: TaskConfig) -> tuple[Puzzle, ...]:
+def heldout_puzzles(split: Split, task: TaskConfig) -> tuple[Item, ...]:
     """The held-out puzzles to evaluate on.
 
     Raises:
@@ -135,11 +157,12 @@ def progress_bar(
 def sample_batches(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    puzzles: Sequence[Puzzle],
+    puzzles: Sequence[Item],
     task: TaskConfig,
     *,
     max_completion_length: int,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    columns: Mapping[str, Mapping[str, Any]] | None = None,
     seed: int = 0,
     process: int = 0,
     num_processes: int = 1,
@@ -152,14 +175,20 @@ def sample_batches(
         task: says the prompt, the temperature and the number of samples per puzzle.
         max_completion_length: in tokens; longer completions are cut and count as truncated.
         chat_template_kwargs: see `PromptTemplate.renderer`.
+        columns: further ones of the puzzles: `Split.columns`.
         on_batch: called after each batch with the number of completions it held.
 
     Returns:
         (batch index, its samples), the samples of one puzzle side by side.
+
+    Raises:
+        InputError: this model cannot be asked so.
+        RunFailed: the success reward returned something else than 0 to 1.
     """
     # What all batches share.
-    num_samples, template = task.num_eval_samples, PROMPT_TEMPLATES[task.prompt_template]
-    render = template.renderer(tokenizer, chat_template_kwargs)
+    num_samples, rows = task.num_eval_samples, [row_columns(item, columns) for item in puzzles]
+    render = task.template.renderer(tokenizer, chat_template_kwargs, rows[0])
+    reward = success_reward(task)
     per_batch = max(1, EVALUATION_BATCH // num_samples)  # puzzles
     stops = stop_ids(model, tokenizer)
     generation = sampling(model, tokenizer, task, max_completion_length, num_samples)
@@ -174,11 +203,11 @@ def sample_batches(
             # Under ZeRO-3 all processes must generate together: one without a batch of its own
             # repeats the last, for nothing.
             index = min(first + process, num_batches - 1)
-            batch = puzzles[index * per_batch : (index + 1) * per_batch]
+            places = range(len(puzzles))[index * per_batch : (index + 1) * per_batch]
             torch.manual_seed(uniform_hash("evaluate", seed, index) >> 1)
 
             # Sample: [batch, prompt] -> [batch * num_samples, prompt + completion].
-            prompts = [render(puzzle.nums, puzzle.target) for puzzle in batch]
+            prompts = [render(rows[place]) for place in places]
             inputs = tokenize(tokenizer, prompts).to(model.device)
             sequences = model.generate(  # ty: ignore[not-callable]  (GenerationMixin's)
                 **inputs, generation_config=generation
@@ -187,8 +216,21 @@ def sample_batches(
             # Judge: [batch * num_samples, completion].
             if index == first + process:
                 completions = sequences[:, inputs["input_ids"].shape[1] :].tolist()
-                repeated = [puzzle for puzzle in batch for _ in range(num_samples)]
-                batches.append((index, _judge(repeated, completions, tokenizer, stops)))
+                kept, truncated = _cut(completions, stops)
+                texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+                repeated = [place for place in places for _ in range(num_samples)]
+                asked = [prompt for prompt in prompts for _ in range(num_samples)]
+                scores = success_of(reward, asked, texts, kept, [rows[i] for i in repeated])
+                columns_of_samples = zip(
+                    (puzzles[place] for place in repeated),
+                    texts,
+                    map(len, kept),
+                    truncated,
+                    format_reward(texts),
+                    scores,
+                    strict=True,
+                )
+                batches.append((index, [Sample(*each) for each in columns_of_samples]))
                 on_batch(len(completions))
     model.train(was_training)
     return batches
@@ -203,37 +245,39 @@ def summarize(samples: Sequence[Sample], task: TaskConfig, **facts: Any) -> Eval
     """
     num_samples = task.num_eval_samples
     by_puzzle = [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
-    correct = [sum(int(sample.equation) for sample in group) for group in by_puzzle]
+    scores = [[sample.success for sample in group] for group in by_puzzle]
     pass_at = {
-        str(k): fmean(pass_at_k(num_samples, c, k) for c in correct)
-        for k in _powers_of_two(num_samples)
+        str(k): fmean(best_of_k(each, k) for each in scores) for k in _powers_of_two(num_samples)
     }
-    difficulties = [difficulty(group[0].nums, group[0].target) for group in by_puzzle]
-    behaviors = [behavior(sample.completion, sample.target, sample.nums) for sample in samples]
+    of_puzzles = _of_puzzles(by_puzzle, scores) if task.is_countdown else {}
     result: Evaluation = {
-        "success": fmean(sample.equation for sample in samples),
-        "ci95": confidence_interval(correct, num_samples),
+        "success": fmean(sample.success for sample in samples),
+        "ci95": confidence_interval([sum(each) for each in scores], num_samples),
         "pass_at": pass_at,
-        "by_difficulty": _by_difficulty(correct, difficulties, num_samples),
-        "plus_minus_only_share": fmean(d is not None and d.plus_minus_only for d in difficulties),
-        "format": fmean(sample.format for sample in samples),
-        "behaviors": summarize_behaviors(behaviors),
+        **of_puzzles,
         "mean_completion_tokens": fmean(sample.tokens for sample in samples),
         "truncated": fmean(sample.truncated for sample in samples),
         "num_puzzles": len(by_puzzle),
         "num_samples": num_samples,
         "temperature": task.eval_temperature,
         "split": f"held-out, split_seed {task.split_seed}, test_share {task.test_share}",
-        "rule": RULE,
+        "rule": _rule(task),
         "examples": [_example(group[0]) for group in by_puzzle[:3]],
         **facts,
     }
     return result
 
 
+def _rule(task: TaskConfig) -> str:
+    judge = success_reward(task)
+    return RULE if judge.function is equation_reward else f"the mean of the reward {judge.name}"
+
+
 def describe(result: Evaluation) -> str:
     """The result for people, a few lines."""
     low, high = result["ci95"]
+    share = result.get("plus_minus_only_share")
+    easy = "" if share is None else f"; {share:.0%} need only + and -"
     passed = (f"{share:.1%} at {k}" for k, share in result["pass_at"].items())
     return (
         f"held-out success  {result['success']:.1%} (95 % interval {low:.1%} to {high:.1%}; "
@@ -242,19 +286,43 @@ def describe(result: Evaluation) -> str:
         f"pass@k            {', '.join(passed)}\n"
         f"completion tokens {result['mean_completion_tokens']:.0f}, "
         f"{result['truncated']:.0%} truncated\n"
-        f"puzzles           {result['split']}; {result['plus_minus_only_share']:.0%} need only "
-        "+ and -\n"
+        f"puzzles           {result['split']}{easy}\n"
         f"rule              {result['rule']}"
     )
 
 
-def _example(sample: Sample) -> Example:
+def _of_puzzles(
+    by_puzzle: Sequence[Sequence[Sample]], scores: Sequence[Sequence[float]]
+) -> OfPuzzles:
+    """What can be said of number puzzles only."""
+    samples = [sample for group in by_puzzle for sample in group]
+    puzzles = [(sample.item.columns["nums"], sample.item.columns["target"]) for sample in samples]
+    difficulties = [difficulty(*puzzle) for puzzle in puzzles[:: len(by_puzzle[0])]]
+    behaviors = [
+        behavior(sample.completion, target, nums)
+        for sample, (nums, target) in zip(samples, puzzles, strict=True)
+    ]
     return {
-        "nums": sample.nums,
-        "target": sample.target,
-        "completion": sample.completion,
-        "solved": sample.equation == 1.0,
+        "by_difficulty": _by_difficulty(scores, difficulties),
+        "plus_minus_only_share": fmean(d is not None and d.plus_minus_only for d in difficulties),
+        "format": fmean(sample.format for sample in samples),
+        "behaviors": summarize_behaviors(behaviors),
     }
+
+
+def _example(sample: Sample) -> Example:
+    columns = sample.item.columns
+    row: Any = columns if isinstance(sample.item, Puzzle) else {"row": columns}
+    return {**row, "completion": sample.completion, "solved": sample.success == 1.0}
+
+
+def best_of_k(scores: Sequence[float], k: int) -> float:
+    """The expected best of k of the scores; of scores 0 and 1 it is pass@k."""
+    levels = [0.0, *sorted({score for score in scores if score > 0})]
+    return sum(
+        (level - below) * pass_at_k(len(scores), sum(score >= level for score in scores), k)
+        for below, level in pairwise(levels)
+    )
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -265,7 +333,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def confidence_interval(correct: Sequence[int], num_samples: int) -> tuple[float, float]:
+def confidence_interval(correct: Sequence[float], num_samples: int) -> tuple[float, float]:
     """The 95 % interval of the mean success: Wilson's, with the puzzles as the independent units.
 
     Samples of one puzzle resemble each other, so `num_puzzles * num_samples` would promise too
@@ -274,7 +342,8 @@ def confidence_interval(correct: Sequence[int], num_samples: int) -> tuple[float
     interval itself.
 
     Args:
-        correct: correct samples per puzzle, each 0 to `num_samples`.
+        correct: correct samples per puzzle, each 0 to `num_samples`; of scores between 0 and 1 the
+            sum.
     """
     rates = [c / num_samples for c in correct]
     p, n = fmean(rates), len(rates)
@@ -287,24 +356,76 @@ def confidence_interval(correct: Sequence[int], num_samples: int) -> tuple[float
     return 0.0 if p == 0 else centre - half, 1.0 if p == 1 else centre + half
 
 
-def _judge(
-    puzzles: Sequence[Puzzle],
-    completions: list[list[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: set[int],
-) -> list[Sample]:
-    lengths, truncated = [], []
+def _cut(
+    completions: Sequence[list[int]], stop_ids: set[int]
+) -> tuple[list[list[int]], list[bool]]:
+    """The tokens of each completion up to its end, and whether it has none."""
+    kept, truncated = [], []
     for ids in completions:
         end = next((position for position, token in enumerate(ids) if token in stop_ids), None)
         truncated.append(end is None)
-        lengths.append(len(ids) if end is None else end + 1)
-    kept = [ids[:length] for ids, length in zip(completions, lengths, strict=True)]
-    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
-    formats = format_reward(texts)
-    targets, numbers = [p.target for p in puzzles], [p.nums for p in puzzles]
-    equations = equation_reward(texts, target=targets, nums=numbers)
-    columns = zip(puzzles, texts, lengths, truncated, formats, equations, strict=True)
-    return [Sample(puzzle.nums, puzzle.target, *rest) for puzzle, *rest in columns]
+        kept.append(ids if end is None else ids[: end + 1])
+    return kept, truncated
+
+
+def success_reward(task: TaskConfig) -> RewardFunction:
+    """The reward that is success.
+
+    Raises:
+        InputError: there is no such reward.
+    """
+    return get_reward_functions([task.success_reward], key="eval_reward")[0]
+
+
+def success_of(
+    reward: RewardFunction,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    ids: Sequence[list[int]],
+    rows: Sequence[Mapping[str, Any]],
+) -> list[float]:
+    """What a reward says of completions outside of a training: 0 (failed) to 1 (solved).
+
+    Args:
+        ids: the tokens of the texts.
+        rows: what was asked.
+
+    Raises:
+        RunFailed: it says something else.
+    """
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    returned = reward.function(
+        prompts=list(prompts),
+        completions=list(texts),
+        completion_ids=list(ids),
+        trainer_state=None if reward.function in REWARDS.values() else _trainer_state(),
+        log_extra=lambda *_: None,
+        log_metric=lambda *_: None,
+        **columns,
+    )
+    if inspect.isawaitable(returned):
+        returned = asyncio.run(_awaited(returned))
+    scores = reward.scores(returned, texts, step=0)
+    for score in scores:
+        if score is None or not 0 <= score <= 1:
+            raise RunFailed(
+                f"the reward {reward.path} returned {score}, and what is success must be 0 "
+                "(failed) to 1 (solved); name another as eval_reward"
+            )
+    return [score for score in scores if score is not None]
+
+
+def _trainer_state() -> "TrainerState":
+    """That of no training. Importing it takes a second, and our own rewards do not look at it."""
+    if not torch.cuda.is_available():
+        quirks.quiet_cpu_imports()
+    from transformers import TrainerState
+
+    return TrainerState()
+
+
+async def _awaited(returned: Any) -> Any:
+    return await returned
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> BatchEncoding:
@@ -359,19 +480,20 @@ def _powers_of_two(largest: int) -> list[int]:
 
 
 def _by_difficulty(
-    correct: Sequence[int], difficulties: Sequence[Difficulty | None], num_samples: int
+    scores: Sequence[Sequence[float]], difficulties: Sequence[Difficulty | None]
 ) -> dict[str, dict[str, Group]]:
     """Success by each measure of difficulty and its values: {"numbers": {"3": ...}, ...}."""
-    counts: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for count, found in zip(correct, difficulties, strict=True):
+    num_samples = len(scores[0])
+    sums: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for each, found in zip(scores, difficulties, strict=True):
         measures: dict[str, Any] = asdict(found) if found else {"solvable": False}
         if found:
             bands = (label for limit, label in _SOLUTION_BANDS if found.solutions <= limit)
             measures["solutions"] = next(bands)
         for measure, value in measures.items():
-            counts[measure][str(value).lower()].append(count)
+            sums[measure][str(value).lower()].append(sum(each))
 
-    def group(of_group: Sequence[int]) -> Group:
+    def group(of_group: Sequence[float]) -> Group:
         return {
             "success": fmean(of_group) / num_samples,
             "ci95": confidence_interval(of_group, num_samples),
@@ -380,7 +502,7 @@ def _by_difficulty(
 
     return {
         measure: {value: group(values[value]) for value in sorted(values, key=_band_order)}
-        for measure, values in counts.items()
+        for measure, values in sums.items()
     }
 
 

@@ -211,7 +211,8 @@ def check_choice(key: str, value: str, choices: Iterable[str]) -> None:
     """
     choices = tuple(choices)
     kernel = key == "attn_implementation" and "/" in value  # of the hub: owner/name
-    if not choices or value in choices or kernel:
+    file = key == "prompt_template" and Path(value).suffix
+    if not choices or value in choices or kernel or file:
         return
     near = [choice for choice in choices if value and choice.startswith(value)]
     near = near or difflib.get_close_matches(value.lower(), choices, n=1)

@@ -148,8 +148,9 @@ class LiveView(TrainerCallback):
         phase = f"{'learning' if sampled else self._phase}, {elapsed} elapsed"
 
         # How good it is.
-        history, success = state.log_history, METRICS["success"].key
-        training = sparkline([entry[success] for entry in history if success in entry])
+        history = state.log_history
+        logged = map(METRICS["success"].logged, history)
+        training = sparkline([share for share in logged if share is not None])
         learned = [f"training success {training}" if training else ""]
         evaluated = [entry for entry in history if EVAL_SUCCESS in entry]
         for entry in evaluated[-1:]:
@@ -209,7 +210,7 @@ def figures(history: Sequence[Mapping[str, Any]]) -> list[str]:
     shown = []
     for name in PANEL:
         metric = METRICS[name]
-        logged = [entry[metric.key] for entry in history if entry.get(metric.key) is not None]
+        logged = [value for value in map(metric.logged, history) if value is not None]
         if logged:
             shown.append(f"{name.replace('_', ' ')} {metric.shown.format(logged[-1])}")
     return shown
@@ -224,7 +225,7 @@ def sparkline(shares: Sequence[float]) -> str:
 
 def _shown(sample: Rollout) -> list[Text]:
     """A sample's puzzle with the verdict, and its text with the arithmetic marked."""
-    title = Text(f"step {sample.step}: {sample.puzzle}  ", style="bold")
+    title = Text(f"step {sample.step}: {sample.question}  ", style="bold")
     title.append(sample.verdict, style="green" if sample.solved else "red")
     text = Text()
     for part, true in marked(printable(sample.text).strip()):

@@ -11,6 +11,8 @@ from typing import Any
 
 # What held-out evaluations add to the trainer's log; TensorBoard has them as eval/success, ...
 EVAL_SUCCESS, EVAL_TOKENS = "eval_success", "eval_mean_completion_tokens"
+# Success in training where another reward than equation tells it.
+SUCCESS = "success"
 # Between vLLM's log-probabilities and the trainer's: TRL's alarm for stale weights.
 LOGP_DIFFERENCE = "sampling/sampling_logp_difference/mean"
 
@@ -25,6 +27,7 @@ class Metric:
         meaning: one sentence: what is counted.
         shown: how the panel and the plain lines print it.
         held_out: the path to the same figure in an evaluation, where it has one.
+        instead: its name in the log of another task.
     """
 
     key: str
@@ -32,12 +35,18 @@ class Metric:
     meaning: str
     shown: str = "{:.3g}"
     held_out: tuple[str, ...] = ()
+    instead: str | None = None
+
+    def logged(self, entry: Mapping[str, Any]) -> float | None:
+        """The figure in an entry of the trainer's log."""
+        value = entry.get(self.key)
+        return entry.get(self.instead or "") if value is None else value
 
     def of(self, evaluation: Mapping[str, Any]) -> float | None:
         """The figure in an evaluation."""
         value: Any = evaluation
         for step in self.held_out:
-            value = value[step]
+            value = (value or {}).get(step)
         return value
 
 
@@ -51,6 +60,7 @@ METRICS = {
         "The share of completions whose answer uses every number once and hits the target.",
         "{:.0%}",
         ("success",),
+        SUCCESS,
     ),
     "format": Metric(
         "rewards/format_reward/mean",

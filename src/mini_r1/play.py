@@ -24,10 +24,9 @@ from mini_r1.completion import claims, parse_completion, printable
 from mini_r1.countdown.expression import ExpressionError, parse
 from mini_r1.countdown.puzzles import Puzzle, PuzzleSpace
 from mini_r1.countdown.solver import check_numbers, solve
-from mini_r1.data import load_split
-from mini_r1.evaluate import sampling, tokenize
+from mini_r1.data import load_split, row_columns
+from mini_r1.evaluate import sampling, success_of, success_reward, tokenize
 from mini_r1.model import load_model, load_tokenizer, model_path
-from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TaskConfig
 from mini_r1.run import is_run, recipe_of, weights_and_task, weights_of
 
@@ -69,7 +68,7 @@ def play(
 
     Args:
         name: a run folder, an embedded base, a model folder, or a model id of the hub.
-        nums, target: the puzzle; None deals one of the held-out puzzles.
+        nums, target: the puzzle; None deals one that is held out.
         compare: also let the model think that the run started from.
         temperature: of the sampling; the recipe's evaluation temperature if None.
         seed: of the sampling and the dealing; another one every time if None.
@@ -84,32 +83,53 @@ def play(
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     if (nums is None) != (target is None):
         raise InputError("give both, or neither to be dealt a puzzle", where="--nums and --target")
+    further: Mapping[str, Mapping[str, Any]] = {}
     if nums is None or target is None:
-        # Dealing may take a while; a model that cannot be asked is refused at once.
-        PROMPT_TEMPLATES[task.prompt_template].renderer(load_tokenizer(weights), kwargs)
-        puzzle = random.Random(seed).choice(load_split(task).heldout)
+        if task.is_countdown:
+            # Dealing may take a while; a model that cannot be asked is refused at once.
+            task.template.renderer(load_tokenizer(weights), kwargs)
+        split = load_split(task)
+        puzzle, further = random.Random(seed).choice(split.heldout), split.columns
+    elif not task.is_countdown:
+        raise InputError(
+            "this run was not trained on number puzzles; leave it out to be dealt a held-out row",
+            where="--nums",
+        )
     else:
         try:
             check_numbers(nums)
         except ValueError as error:
             raise InputError(str(error), where="--nums") from None
         puzzle = Puzzle(tuple(nums), target)
-    print(f"Make {puzzle.target} using each of {', '.join(map(str, puzzle.nums))} once.")
-    known = is_run(Path(model_path(name))) and task.dataset_id_or_path == "generated"
-    if known and (strange := beyond(puzzle, task.space)):
-        print(f"This is not what it was trained on: {strange}.")
+    columns_of_row = row_columns(puzzle, further)
+    if isinstance(puzzle, Puzzle):
+        print(f"Make {puzzle.target} using each of {', '.join(map(str, puzzle.nums))} once.")
+        known = is_run(Path(model_path(name))) and task.dataset_id_or_path == "generated"
+        if known and (strange := beyond(puzzle, task.space)):
+            print(f"This is not what it was trained on: {strange}.")
+    else:
+        print(printable(task.template.question(columns_of_row)))
 
     def written(model: str, write: Write) -> str:
-        return think(model, puzzle, task, max_completion_length, seed, write, kwargs)
+        return think(model, columns_of_row, task, max_completion_length, seed, write, kwargs)
+
+    def verdict(text: str) -> str:
+        if isinstance(puzzle, Puzzle) and task.success_reward == "equation":
+            return judge(text, puzzle)
+        reward, tokenizer = success_reward(task), load_tokenizer(weights)
+        prompt = task.template.renderer(tokenizer, kwargs, columns_of_row)(columns_of_row)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        (score,) = success_of(reward, [prompt], [text], [ids], [columns_of_row])
+        return f"{reward.name}: {score:.3g}"
 
     if base is None:
         text = written(weights, _to_screen)
-        print(f"\n{judge(text, puzzle)}")
+        print(f"\n{verdict(text)}")
         return
 
     def column(title: str, model: str) -> str:
         text = written(model, lambda part: None)
-        return f"{title}\n\n{printable(text).strip()}\n\n{judge(text, puzzle)}"
+        return f"{title}\n\n{printable(text).strip()}\n\n{verdict(text)}"
 
     columns = shutil.get_terminal_size().columns
     print(side_by_side(column(base, base), column(name, weights), width=columns))
@@ -134,18 +154,18 @@ def _to_screen(part: str) -> None:
 
 def think(
     weights: str,
-    puzzle: Puzzle,
+    columns: Mapping[str, Any],
     task: TaskConfig,
     max_completion_length: int,
     seed: int,
     write: Write,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
-    """One completion of a model for a puzzle, written as it comes; returns the whole."""
+    """One completion of a model for a row of data, written as it comes; returns the whole."""
     tokenizer = load_tokenizer(weights)
-    render = PROMPT_TEMPLATES[task.prompt_template].renderer(tokenizer, chat_template_kwargs)
+    render = task.template.renderer(tokenizer, chat_template_kwargs, columns)
     model = load_model(weights)
-    inputs = tokenize(tokenizer, [render(puzzle.nums, puzzle.target)])
+    inputs = tokenize(tokenizer, [render(columns)])
     generation = sampling(model, tokenizer, task, max_completion_length)
     stream = TextStream(tokenizer, write)
     torch.manual_seed(seed)

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from mini_r1 import InputError
+from mini_r1.completion import THINK_OPEN
 from mini_r1.conflicts import conflicts
 from mini_r1.countdown.puzzles import PuzzleSpace, PuzzleSpaceError
 from mini_r1.keys import (
@@ -29,8 +30,8 @@ from mini_r1.keys import (
     keys_of,
     shortened,
 )
-from mini_r1.prompts import PROMPT_TEMPLATES
-from mini_r1.rewards import get_reward_functions
+from mini_r1.prompts import PROMPT_TEMPLATES, PromptTemplate, get_prompt_template
+from mini_r1.rewards import REWARDS, get_reward_functions
 from mini_r1.syntax import node_of, parse_overrides, read_yaml, reason
 
 _PACKAGE = Path(__file__).parent
@@ -156,7 +157,11 @@ class TaskConfig:
     )
     prompt_template: str = field(
         default="mini-r1-exact",
-        metadata={"help": "how a puzzle is put to the model", "choices": tuple(PROMPT_TEMPLATES)},
+        metadata={
+            "help": "how a row is put to the model: one of ours, or a file (a chat in YAML, or a "
+            "text) with the columns of the data in Jinja, such as {{ target }}",
+            "choices": tuple(PROMPT_TEMPLATES),
+        },
     )
     max_prompt_length: int = field(
         default=256, metadata={"help": "longer prompts (tokens) are dropped and counted"}
@@ -166,6 +171,13 @@ class TaskConfig:
         metadata={
             "help": "registered rewards, dotted paths or files (my_task.py:my_reward); see "
             "reward_weights"
+        },
+    )
+    eval_reward: str | None = field(
+        default=None,
+        metadata={
+            "help": "the reward that is success, 0 to 1, named as in reward_funcs: equation for "
+            "puzzles, else the first of reward_funcs"
         },
     )
     num_eval_puzzles: int = field(
@@ -203,6 +215,29 @@ class TaskConfig:
             check(name, *value)
         except ValueError as error:
             raise InputError(str(error), key=name) from None
+
+    @property
+    def is_countdown(self) -> bool:
+        """Whether rows are puzzles: they are generated, asked or judged as such."""
+        return (
+            self.dataset_id_or_path == "generated"
+            or self.prompt_template in PROMPT_TEMPLATES
+            or "equation" in self.reward_funcs
+        )
+
+    @property
+    def success_reward(self) -> str:
+        """The reward that evaluations report the mean of."""
+        return self.eval_reward or ("equation" if self.is_countdown else self.reward_funcs[0])
+
+    @property
+    def template(self) -> PromptTemplate:
+        """How a row is put to the model.
+
+        Raises:
+            InputError: it is a file that is not there, or cannot be used.
+        """
+        return get_prompt_template(self.prompt_template)
 
     @property
     def space(self) -> PuzzleSpace:
@@ -331,10 +366,27 @@ def load_recipe(
             raise recipe.error(problem, key)
     if to_train:
         try:
-            get_reward_functions(task.reward_funcs)
+            _check_task(task)
         except InputError as error:
             raise recipe.place(error) from None
     return recipe
+
+
+def _check_task(task: TaskConfig) -> None:
+    """Whether prompt and rewards are there, and fit each other."""
+    rewards = get_reward_functions(task.reward_funcs)
+    get_reward_functions([task.success_reward], key="eval_reward")
+    if task.dataset_id_or_path == "generated":
+        for reward in rewards:
+            reward.check_columns(("nums", "target"))
+    template = task.template
+    judged = next((name for name in REWARDS if name in task.reward_funcs), None)
+    if judged and not template.opens_think:
+        raise InputError(
+            f"the reward {judged} wants a prompt that ends in {THINK_OPEN}; let the assistant's "
+            "message end so, or leave that reward out",
+            key="prompt_template",
+        )
 
 
 def find_recipe(name: str | Path) -> Path:

@@ -29,9 +29,9 @@ from mini_r1 import InputError, RunFailed, one_line
 from mini_r1.completion import parse_completion
 from mini_r1.countdown.expression import is_solution
 
-# What rewards are called with, by keyword: what TRL adds, and the columns of data.prompt_dataset.
-COLUMNS = ("prompts", "completions", "completion_ids", "target", "nums")
-COLUMNS += ("trainer_state", "log_extra", "log_metric")
+# What TRL calls rewards with, by keyword, beside the columns of the data.
+TRL_COLUMNS = ("prompts", "completions", "completion_ids")
+TRL_COLUMNS += ("trainer_state", "log_extra", "log_metric")
 # TRL squares rewards in 32 bits: the spread of larger ones is infinite, and they teach nothing.
 LARGEST_REWARD = 1e18
 
@@ -112,6 +112,35 @@ class RewardFunction:
             function = function.func
         return any(map(inspect.iscoroutinefunction, (function, function.__call__)))
 
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Refuse a reward that wants more than the data have.
+
+        Args:
+            columns: of the data.
+
+        Raises:
+            InputError: names what it wants, and what there is.
+        """
+        there = [name for name in columns if name not in TRL_COLUMNS]
+        if (signature := _signature(self.function)) is None:
+            return
+        wanted = [
+            parameter.name
+            for parameter in signature.parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            and parameter.name not in (*TRL_COLUMNS, *there)
+        ]
+        if wanted:
+            raise _error(
+                f"'{self.path}' wants '{wanted[0]}', and the data have {', '.join(there)}; write "
+                f"columns: {{{wanted[0]}: its name there}}, or give it a default"
+            )
+        try:
+            signature.bind(**dict.fromkeys((*TRL_COLUMNS, *there)))
+        except TypeError as error:
+            raise _uncallable(self.path, error, there) from None
+
     @contextmanager
     def blamed(self, step: int) -> Generator[None]:
         """An exception of the function names it, and is a defect, whatever it is."""
@@ -176,8 +205,8 @@ def _short(value: Any) -> str:
 # ---- Finding it -----------------------------------------------------------------------------
 
 
-def get_reward_functions(paths: Sequence[str]) -> list[RewardFunction]:
-    """The reward functions that a recipe names: whatever TRL can call.
+def get_reward_functions(paths: Sequence[str], key: str = "reward_funcs") -> list[RewardFunction]:
+    """The reward functions that a key of a recipe names: whatever TRL can call.
 
     A path is a registered name, a dotted path such as `my_package.my_module.my_reward`, or a file
     such as `my_module.py:my_reward`, whose only function need not be named. Modules are looked up
@@ -186,7 +215,10 @@ def get_reward_functions(paths: Sequence[str]) -> list[RewardFunction]:
     Raises:
         InputError: nothing there, nothing that can be called, or the same reward twice.
     """
-    found = [_find(path) for path in paths]
+    try:
+        found = [_find(path) for path in paths]
+    except InputError as error:
+        raise InputError(error.problem, key=key) from None
     for index, one in enumerate(found):
         for other in found[:index]:
             if one.function is other.function or one.address == other.address:
@@ -308,16 +340,28 @@ def _check_call(path: str, function: Any) -> None:
     if not callable(function):
         raise _error(f"'{path}' is not callable: {_short(function)}")
     try:
-        signature = inspect.signature(function, follow_wrapped=False)
-    except (TypeError, ValueError):
-        return  # not every callable has one
-    try:
-        signature.bind(**dict.fromkeys(COLUMNS))
+        signature = _signature(function)
+        if signature is not None:
+            if "self" in signature.parameters:
+                raise _error(f"'{path}' is a method; make an object, and name the method of that")
+            signature.bind_partial(**dict.fromkeys(TRL_COLUMNS))  # the data's are not known yet
     except TypeError as error:
-        raise _error(
-            f"'{path}' cannot be called: {error}; it gets {', '.join(COLUMNS)}, all by keyword: "
-            "name what it needs, and **columns for the rest"
-        ) from None
+        raise _uncallable(path, error, ()) from None
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function, follow_wrapped=False)
+    except (TypeError, ValueError):
+        return None  # not every callable has one
+
+
+def _uncallable(path: str, error: TypeError, columns: Iterable[str]) -> InputError:
+    given = ", ".join((*TRL_COLUMNS, *(columns or ["the columns of the data"])))
+    return _error(
+        f"'{path}' cannot be called: {error}; it gets {given}, all by keyword: name what it needs, "
+        "and **columns for the rest"
+    )
 
 
 @contextmanager

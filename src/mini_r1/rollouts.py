@@ -8,16 +8,25 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from mini_r1 import one_line
 from mini_r1.behaviors import behavior, summarize_behaviors
+from mini_r1.completion import THINK_OPEN
 from mini_r1.countdown.puzzles import uniform_hash
-from mini_r1.rewards import RewardFunction, completion_text
+from mini_r1.metrics import SUCCESS
+from mini_r1.recipe import TaskConfig
+from mini_r1.rewards import TRL_COLUMNS, RewardFunction, completion_text
 
 ALL_FILE, SOLVED_FILE = "completion_samples.txt", "success_completion_samples.txt"
 SHARE = 0.1  # of the completions, and of the solved ones, that is kept: the original's
+NO_JUDGE = "-"
+PUZZLE = {"nums", "target"}
 _HEAD = re.compile(
-    r"^==== step (\d+) nums (\[.*?\]) target (\S+) rewards (\{.*\})\n<think>", re.MULTILINE
+    r"^==== step (\d+) (?:nums (\[.*?\]) target (\S+)|row (\{.*\}))(?: judge (\S+))? "
+    r"rewards (\{.*\})\n",
+    re.MULTILINE,
 )
 
 
@@ -27,28 +36,37 @@ class Rollout:
 
     Attributes:
         step: the optimizer step that learns from it first.
-        nums, target: its puzzle.
+        row: what was asked: nums and target of a puzzle, or the columns of another task's row.
         rewards: by the name of the reward function; None where it does not apply.
-        text: what follows the prompt's `<think>`.
+        text: what follows the prompt.
+        judge: the name of the reward that is success; None if it is not among them.
     """
 
     step: int
-    nums: tuple[int, ...]
-    target: int
+    row: Mapping[str, Any]
     rewards: Mapping[str, float | None]
     text: str
+    judge: str | None = "equation_reward"
+
+    @property
+    def score(self) -> float | None:
+        """What the judge says."""
+        return self.rewards.get(self.judge or "")
 
     @property
     def solved(self) -> bool:
-        return self.rewards.get("equation_reward") == 1.0
+        return self.score == 1.0
 
     @property
     def verdict(self) -> str:
         return "solved" if self.solved else "failed"
 
     @property
-    def puzzle(self) -> str:
-        return f"make {self.target} from {', '.join(map(str, self.nums))}"
+    def question(self) -> str:
+        """What was asked, in one line."""
+        if self.row.keys() == PUZZLE:
+            return f"make {self.row['target']} from {', '.join(map(str, self.row['nums']))}"
+        return one_line(", ".join(f"{name} {value}" for name, value in self.row.items()), 80)
 
 
 class RolloutRecorder:
@@ -62,8 +80,10 @@ class RolloutRecorder:
         latest: a fresh completion, on the main process.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, task: TaskConfig | None = None):
         self.folder = folder
+        self._task = task or TaskConfig()
+        self._judge: str | None = None
         self.latest: Rollout | None = None
         self._names: list[str] = []
         self._scores: dict[str, list[float | None]] = {}
@@ -75,6 +95,8 @@ class RolloutRecorder:
         They return plain numbers; what a reward must not return ends the run: `RunFailed`.
         """
         self._names = [reward.name for reward in rewards]
+        judges = (each.name for each in rewards if each.path == self._task.success_reward)
+        self._judge = next(judges, None)
         return [self._watched(reward) for reward in rewards]
 
     def _watched(self, reward: RewardFunction) -> Callable[..., Any]:
@@ -98,7 +120,7 @@ class RolloutRecorder:
         scores = reward.scores(returned, columns["completions"], _step(columns))
         self._scores[reward.name] = scores
         if len(self._scores) == len(self._names):
-            self._log_behaviors(columns)
+            self._log(columns)
             if columns["trainer_state"].is_world_process_zero:
                 self._tell_unscored(_step(columns))
                 rollouts = self._rollouts(columns)
@@ -118,8 +140,12 @@ class RolloutRecorder:
                 flush=True,
             )
 
-    @staticmethod
-    def _log_behaviors(columns: dict[str, Any]) -> None:
+    def _log(self, columns: dict[str, Any]) -> None:
+        scores = [score for score in self._scores.get(self._judge or "", ()) if score is not None]
+        if scores and self._judge != "equation_reward":
+            columns["log_metric"](SUCCESS, fmean(scores))
+        if not self._task.is_countdown:
+            return
         texts = map(completion_text, columns["completions"])
         puzzles = zip(texts, columns["target"], columns["nums"], strict=True)
         for name, value in summarize_behaviors([behavior(*each) for each in puzzles]).items():
@@ -128,11 +154,14 @@ class RolloutRecorder:
 
     def _rollouts(self, columns: dict[str, Any]) -> list[Rollout]:
         texts = map(completion_text, columns["completions"])
+        asked = [name for name in columns if name not in TRL_COLUMNS]
+        if self._task.is_countdown:
+            asked = sorted(PUZZLE)
         rollouts = []
         for index, text in enumerate(texts):
             rewards = {name: self._scores[name][index] for name in self._names}
-            nums, target = tuple(columns["nums"][index]), columns["target"][index]
-            rollouts.append(Rollout(_step(columns), nums, target, rewards, text))
+            row = {name: columns[name][index] for name in asked}
+            rollouts.append(Rollout(_step(columns), row, rewards, text, self._judge))
         return rollouts
 
 
@@ -167,10 +196,14 @@ def read_samples(file: Path) -> list[Rollout]:
     ends = [*(head.start() for head in heads[1:]), len(content)]
     rollouts = []
     for head, end in zip(heads, ends, strict=False):  # an empty file has an end, but no head
-        step, nums, target, rewards = head.groups()
+        step, nums, target, row, judge, rewards = head.groups()
         text = content[head.end() : end - 2]
-        puzzle = tuple(json.loads(nums)), int(target)
-        rollouts.append(Rollout(int(step), *puzzle, json.loads(rewards), text))
+        if row:
+            asked = json.loads(row)
+        else:
+            asked, text = {"nums": json.loads(nums), "target": int(target)}, text[len(THINK_OPEN) :]
+        judge = {None: "equation_reward", NO_JUDGE: None}.get(judge, judge)
+        rollouts.append(Rollout(int(step), asked, json.loads(rewards), text, judge))
     return rollouts
 
 
@@ -185,7 +218,12 @@ def rewind_samples(folder: Path, step: int) -> None:
 
 def _entry(rollout: Rollout) -> str:
     # A completion cannot forge an entry: a line of its own that looks like a head is indented.
-    text = rollout.text.replace("\n==== step ", "\n ==== step ")
-    nums, rewards = json.dumps(rollout.nums), json.dumps(rollout.rewards)
-    head = f"==== step {rollout.step} nums {nums} target {rollout.target} rewards {rewards}"
-    return f"{head}\n<think>{text}\n\n"
+    row, text = rollout.row, f"\n{rollout.text}"
+    asked = f"row {json.dumps(row, default=str)}"
+    if row.keys() == PUZZLE:
+        asked = f"nums {json.dumps(row['nums'])} target {row['target']}"
+        text = f"\n{THINK_OPEN}{rollout.text}"
+    text = text.replace("\n==== step ", "\n ==== step ")
+    judge = "" if rollout.judge == "equation_reward" else f" judge {rollout.judge or NO_JUDGE}"
+    rewards = json.dumps(rollout.rewards)
+    return f"==== step {rollout.step} {asked}{judge} rewards {rewards}{text}\n\n"

@@ -85,28 +85,38 @@ class Group(TypedDict):
 
 
 class Example(TypedDict):
-    """One held-out puzzle with one completion."""
+    """One held-out puzzle, or the row of another task, with one completion."""
 
-    nums: Sequence[int]
-    target: int
+    nums: NotRequired[Sequence[int]]
+    target: NotRequired[int]
+    row: NotRequired[Mapping[str, Any]]
     completion: str
     solved: bool
 
 
-class Evaluation(TypedDict):
+class OfPuzzles(TypedDict, total=False):
+    """What evaluations know of number puzzles only.
+
+    `by_difficulty` is keyed by measure and then by value, `behaviors` as
+    `behaviors.summarize_behaviors` says.
+    """
+
+    by_difficulty: dict[str, dict[str, Group]]
+    plus_minus_only_share: float
+    format: float
+    behaviors: dict[str, float | None]
+
+
+class Evaluation(OfPuzzles):
     """What `eval/*.json` holds; shares are 0 to 1.
 
-    `pass_at` is keyed by k, `by_difficulty` by measure and then by value, `behaviors` as
-    `behaviors.summarize_behaviors` says. `seconds` is the time the evaluation took.
+    `success` is the mean of the success reward, `pass_at` the best of k, keyed by k. `seconds` is
+    the time the evaluation took.
     """
 
     success: float
     ci95: Sequence[float]
     pass_at: dict[str, float]
-    by_difficulty: dict[str, dict[str, Group]]
-    plus_minus_only_share: float
-    format: float
-    behaviors: dict[str, float | None]
     mean_completion_tokens: float
     truncated: float
     num_puzzles: int
@@ -139,7 +149,7 @@ class Summary(TypedDict):
     temperature: float
     split: str
     rule: str
-    plus_minus_only_share: float
+    plus_minus_only_share: NotRequired[float]
     peak_gpu_memory_gib: NotRequired[float]
 
 
@@ -462,23 +472,35 @@ def weights_and_task(
     recipe = load_recipe(recipe_path or folder / RECIPE_FILE, to_train=False)
     task = recipe.task
     if recipe_path is None:
-        data = _from_start(folder, task.dataset_id_or_path)
-        task = replace(task, dataset_id_or_path=data)
+        task = _from_start(folder, task)
     length, kwargs = map(recipe.get, ("max_completion_length", "chat_template_kwargs"))
     return weights, task, length, kwargs
 
 
-def _from_start(run_dir: Path, source: str) -> str:
-    """A run's data: a relative path counts from the folder in which the run was started.
+def _from_start(run_dir: Path, task: TaskConfig) -> TaskConfig:
+    """A run's task, its files where they were: relative paths count from where the run was started.
 
-    From the current one, where the run does not say, or its data are not there any more.
+    From the current folder, where the run does not say, or they are not there any more.
     """
     manifest = run_dir / MANIFEST_FILE
     start = _json(manifest).get("folder") if manifest.exists() else None
-    if start is None or source == "generated":
-        return source
-    there, here = Path(start, source), Path(source)
-    return str(there) if there.exists() or (is_local(source) and not here.exists()) else source
+    if start is None:
+        return task
+    data, template = task.dataset_id_or_path, task.prompt_template
+    if data != "generated":
+        there, here = Path(start, data), Path(data)
+        lost = is_local(data) and not here.exists()
+        data = str(there) if there.exists() or lost else data
+    if Path(start, template).is_file():
+        template = str(Path(start, template))
+    # The only reward that an evaluation needs.
+    module, colon, function = task.success_reward.partition(".py:")
+    if not colon:
+        module, _, function = task.success_reward.rpartition(".")
+        module = module.replace(".", "/")
+    file = Path(start, f"{module}.py")
+    reward = f"{file}:{function}" if module and file.is_file() else task.success_reward
+    return replace(task, dataset_id_or_path=data, prompt_template=template, eval_reward=reward)
 
 
 def _of_run(folder: Path, name: str, read: Callable[[Path], Any]) -> Any:

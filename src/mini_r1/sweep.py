@@ -222,8 +222,11 @@ def record_of(run_dir: Path) -> Record:
     """The record of a finished run."""
     run = load_run(run_dir)
     hardware = run.manifest["hardware"]
-    keys = {name: METRICS[name].key for name in SWEEP_CURVE}
-    sampled = [entry for entry in run.history if all(key in entry for key in keys.values())]
+    points: list[tuple[Any, ...]] = [
+        (entry["step"], *(METRICS[name].logged(entry) for name in SWEEP_CURVE))
+        for entry in run.history
+    ]
+    sampled = [point for point in points if None not in point]
     return {
         "recipe": run.recipe,
         "versions": run.manifest["versions"],
@@ -237,8 +240,8 @@ def record_of(run_dir: Path) -> Record:
         "before": load_evaluation(run_dir, BEFORE),
         "after": load_evaluation(run_dir, AFTER),
         "curve": {
-            "step": [entry["step"] for entry in sampled],
-            **{name: [round(entry[key], 4) for entry in sampled] for name, key in keys.items()},
+            name: [round(point[index], 4) for point in sampled]
+            for index, name in enumerate(("step", *SWEEP_CURVE))
         },
     }
 

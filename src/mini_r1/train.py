@@ -22,7 +22,6 @@ and Ctrl-C make it save and stop. Left out on purpose: any trainer, loss or samp
 import importlib.util
 import os
 import time
-from collections.abc import Sequence
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -47,15 +46,13 @@ from mini_r1.callbacks import (
     TensorBoard,
     TrainClock,
 )
-from mini_r1.countdown.puzzles import Puzzle
-from mini_r1.data import load_split, prompt_dataset
+from mini_r1.data import Split, load_split, prompt_dataset
 from mini_r1.evaluate import heldout_puzzles, progress_bar, sample_batches, summarize
 from mini_r1.launch.plan import SERVER_HOST, is_main_process, owns_server
 from mini_r1.launch.vllm_server import VLLMServer
 from mini_r1.live import LiveView
 from mini_r1.manifest import DataRecord, build_manifest
 from mini_r1.model import load_tokenizer, model_error, model_path, settle_generation
-from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import Recipe
 from mini_r1.report.page import write_report
 from mini_r1.rewards import get_reward_functions
@@ -110,14 +107,13 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     disable_progress_bar()
     split = load_split(recipe.task)
-    heldout = heldout_puzzles(split, recipe.task)
+    heldout_puzzles(split, recipe.task)
     start = Start(recipe)
     model_args, args, eval_every = _arguments(recipe)
     tokenizer = load_tokenizer(start.weights, recipe.get("model_revision"))
-    template = PROMPT_TEMPLATES[recipe.task.prompt_template]
     dataset, too_long = prompt_dataset(
         split.train,
-        template,
+        recipe.task.template,
         tokenizer,
         recipe.task.max_prompt_length,
         recipe.get("chat_template_kwargs"),
@@ -128,7 +124,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     server = None
     if owns_server(recipe) and args.process_index == 0:
         server = _start_server(recipe, args, server_gpu)
-    recorder = RolloutRecorder(run_dir / SAMPLES_FOLDER)
+    recorder = RolloutRecorder(run_dir / SAMPLES_FOLDER, recipe.task)
     start.write(args)
     trainer = _build_trainer(recipe, model_args, args, dataset, tokenizer, recorder, start.folder)
     start.loaded(trainer)
@@ -152,7 +148,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     def evaluate(name: str) -> Evaluation:
         file = evaluation_file(run_dir, name)
         with live.phase("evaluating"):
-            return _evaluate(trainer, recipe, tokenizer, heldout, file)
+            return _evaluate(trainer, recipe, tokenizer, split, file)
 
     clock, pause = TrainClock(), PauseOnRequest(run_dir)
     held_out = HeldOutEvaluation(eval_every, evaluate, partial(quirks.log_plainly, trainer))
@@ -294,13 +290,16 @@ def _build_trainer(
             f"{len(dataset)} prompts to train on, but one generation batch takes {per_step}",
             "num_puzzles",
         )
+    rewards = get_reward_functions(recipe.task.reward_funcs)
+    for reward in rewards:
+        reward.check_columns(name for name in dataset.column_names if name != "prompt")
     set_seed(args.seed)  # the weights of a fresh LoRA adapter
     quirks.quiet_unscored_completions()
     name = recipe.model["model_name_or_path"]
     try:
         trainer = GRPOTrainer(
             model=weights,
-            reward_funcs=[*recorder.watch(get_reward_functions(recipe.task.reward_funcs))],
+            reward_funcs=[*recorder.watch(rewards)],
             args=args,
             train_dataset=dataset,
             processing_class=tokenizer,
@@ -344,7 +343,7 @@ def _evaluate(
     trainer: GRPOTrainer,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
-    puzzles: Sequence[Puzzle],
+    split: Split,
     file: Path,
 ) -> Evaluation:
     """Evaluate the model as it is now, batches shared among all processes.
@@ -353,6 +352,7 @@ def _evaluate(
         the whole result, on every process.
     """
     accelerator, task = trainer.accelerator, recipe.task
+    puzzles = heldout_puzzles(split, task)
     max_completion_length = recipe.get("max_completion_length")
     started = time.monotonic()
 
@@ -372,6 +372,7 @@ def _evaluate(
             task,
             max_completion_length=max_completion_length,
             chat_template_kwargs=recipe.get("chat_template_kwargs"),
+            columns=split.columns,
             process=accelerator.process_index,
             num_processes=accelerator.num_processes,
             on_batch=on_batch,
@@ -411,8 +412,9 @@ def _sum_up(run_dir: Path, after: Evaluation, steps: int, train_seconds: float) 
         "temperature": after["temperature"],
         "split": after["split"],
         "rule": after["rule"],
-        "plus_minus_only_share": after["plus_minus_only_share"],
     }
+    if "plus_minus_only_share" in after:
+        summary["plus_minus_only_share"] = after["plus_minus_only_share"]
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_reserved() / 2**30
         summary["peak_gpu_memory_gib"] = round(peak, 2)

@@ -107,14 +107,14 @@ def test_the_commands_run(checkout, monkeypatch):
     assert len(skipped) == 14
     output = {line.removeprefix(".venv/bin/"): text for line, text in ran.items()}
     assert "arithmetic claims are true" in output["mini-r1 play runs/tiny-cpu"]
-    assert json.loads(output["mini-r1 data check 24.jsonl"])["solvable"] == 233
+    assert re.match(r"Say backwards: \d+ \d+ \d+\n", output["mini-r1 play runs/words"])
     assert json.loads((checkout / "eval.json").read_text())["num_puzzles"] == 1000
     for name in ("both.html", "with-3b.html", "puzzles.parquet"):
         assert (checkout / name).exists(), name
     for name in ("my-model/report.html", "seed-2/summary.json"):
         assert (checkout / "runs" / name).exists(), name
-    state = json.loads((checkout / "runs" / "24" / STATE_FILE).read_text())
-    assert any("rewards/multiplies/mean" in entry for entry in state["log_history"])
+    state = json.loads((checkout / "runs" / "words" / STATE_FILE).read_text())
+    assert any("rewards/backwards/mean" in entry for entry in state["log_history"])
 
 
 def test_a_run_leaves_the_documented_files(checkout):

@@ -319,7 +319,7 @@ def _dataset(settings: ColdStart, tokenizer: Qwen2Tokenizer) -> tuple[Dataset, s
     render = PROMPT_TEMPLATES[settings.task.prompt_template].renderer(tokenizer)
     examples = list(traces(settings))
     puzzles = [example.puzzle for example in examples]
-    prompts = [render(puzzle.nums, puzzle.target) for puzzle in puzzles]
+    prompts = [render(puzzle.columns) for puzzle in puzzles]
     completions = [example.completion + tokenizer.eos_token for example in examples]
 
     # as tokens: hidden is the token after a patient one's failed try

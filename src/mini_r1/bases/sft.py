@@ -19,10 +19,9 @@ from trl import SFTConfig, SFTTrainer
 
 from mini_r1 import InputError
 from mini_r1.bases.english import searches
-from mini_r1.data import load_split
+from mini_r1.data import load_split, puzzles_of
 from mini_r1.manifest import versions, weights_hash
 from mini_r1.model import load_merged, load_model, load_tokenizer, model_path
-from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import load_recipe
 from mini_r1.run import MANIFEST_FILE, new_folder, weights_and_task, write_json, write_recipe
 
@@ -108,14 +107,14 @@ def teach(name: str, recipe_path: str, output: Path, num_traces: int) -> None:
     with new_folder(output) as folder:
         # what to learn: searches that the recipe's completions have room for
         tokenizer = load_tokenizer(weights)
-        render = PROMPT_TEMPLATES[task.prompt_template].renderer(tokenizer, kwargs)
+        render = task.template.renderer(tokenizer, kwargs)
         examples = searches(
-            load_split(task).train,
+            puzzles_of(load_split(task).train),
             num_traces,
             seed,
             fits=lambda text: len(tokenizer(text)["input_ids"]) < max_completion_length,
         )
-        prompts = [render(puzzle.nums, puzzle.target) for puzzle, _ in examples]
+        prompts = [render(puzzle.columns) for puzzle, _ in examples]
         completions = [f"{completion}{tokenizer.eos_token}" for _, completion in examples]
 
         # every search once; the weights in float32, where small updates are not rounded away

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count, islice
 from math import comb
+from typing import Any
 
 from mini_r1.countdown.solver import MAX_NUMBERS, MIN_NUMBERS, reachable
 
@@ -29,6 +30,11 @@ class Puzzle:
     def key(self) -> str:
         """The canonical key, e.g. `7,19,36,55=65`: the order of the numbers makes no difference."""
         return f"{','.join(map(str, sorted(self.nums)))}={self.target}"
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The puzzle as a row of data has it."""
+        return {"nums": list(self.nums), "target": self.target}
 
 
 class PuzzleSpaceError(ValueError):

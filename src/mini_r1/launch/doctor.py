@@ -16,11 +16,12 @@ import platform
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
@@ -56,8 +57,9 @@ from mini_r1.model_files import (
     read_json,
 )
 from mini_r1.model_files import problems as file_problems
-from mini_r1.prompts import PROMPT_TEMPLATES
+from mini_r1.prompts import SAMPLE
 from mini_r1.recipe import Recipe, all_keys, load_recipe
+from mini_r1.rewards import get_reward_functions
 from mini_r1.run import (
     checkpoints,
     finished_summary,
@@ -147,14 +149,17 @@ def problems(recipe: Recipe, plan: Plan | None = None) -> Iterator[InputError]:
     yield from leftover_variables() if launcher is None else ()
     yield from _missing_packages(recipe, launcher)
     yield from folder_problems(recipe)
-    unusable = list(_model(recipe))
+    unusable, sample = list(_model(recipe)), None
     yield from unusable
-    yield from _data(recipe)
+    try:
+        sample = _data(recipe)
+    except InputError as error:
+        yield error
     yield from _trackers(recipe)
     yield from _uploads(recipe)
     yield from _disk(recipe, plan)
-    if not unusable:
-        yield from _prompt(recipe)
+    if sample and not unusable:
+        yield from _prompt(recipe, sample)
 
 
 def _missing_packages(recipe: Recipe, launcher: str | None) -> Iterator[InputError]:
@@ -419,7 +424,7 @@ def _disk(recipe: Recipe, plan: Plan | None) -> Iterator[InputError]:
         )
 
 
-def _prompt(recipe: Recipe) -> Iterator[InputError]:
+def _prompt(recipe: Recipe, sample: Mapping[str, Any]) -> Iterator[InputError]:
     """Whether the model can be asked as the recipe says, if its tokenizer is on this machine.
 
     Comes last, since importing the tokenizers takes seconds; the weights are not touched.
@@ -428,24 +433,29 @@ def _prompt(recipe: Recipe) -> Iterator[InputError]:
     if model_folder(whole_model(weights, revision), revision) is None:
         return  # the run asks once it has fetched it
     try:
-        template = PROMPT_TEMPLATES[recipe.task.prompt_template]
-        tokenizer = load_tokenizer(weights, revision)
-        template.renderer(tokenizer, recipe.get("chat_template_kwargs"))
+        tokenizer, kwargs = load_tokenizer(weights, revision), recipe.get("chat_template_kwargs")
+        recipe.task.template.renderer(tokenizer, kwargs, sample)
     except InputError as error:
         yield error
 
 
-def _data(recipe: Recipe) -> Iterator[InputError]:
+def _data(recipe: Recipe) -> Mapping[str, Any] | None:
+    """The columns of the data's first row; None if the data are not here yet.
+
+    Raises:
+        InputError: they can be neither had nor used.
+    """
     source = recipe.task.dataset_id_or_path
     if source == "generated":
-        return
-    try:
-        if locate(source):
-            check_head(recipe.task)
-        elif refused := hub.refusal(source, "dataset"):
-            yield refused
-    except InputError as error:
-        yield error
+        return SAMPLE
+    if locate(source):
+        columns = check_head(recipe.task)
+        for reward in get_reward_functions(recipe.task.reward_funcs):
+            reward.check_columns(columns)
+        return columns
+    if refused := hub.refusal(source, "dataset"):
+        raise refused
+    return None
 
 
 def _packages() -> Iterator[str]:

@@ -128,9 +128,8 @@ def _legend(
 def _chart(name: str, runs: Sequence[Run], references: Sequence[Curve]) -> str:
     metric, curves = METRICS[name], []
     for run in runs:
-        points = [
-            (entry["step"], entry[metric.key]) for entry in run.history if metric.key in entry
-        ]
+        values = ((entry["step"], metric.logged(entry)) for entry in run.history)
+        points = [(step, value) for step, value in values if value is not None]
         held_out = []
         if name == "success":
             held_out = [(step, each["success"], *each["ci95"]) for step, _, each in run.evaluations]
@@ -147,9 +146,9 @@ def _difficulty(run: Run) -> list[tuple[str, int, Shares | None, Shares]]:
     for k, share in run.last["pass_at"].items():
         before = {"success": run.first["pass_at"][k]} if k in run.first["pass_at"] else None
         rows.append((f"pass@{k}", run.last["num_puzzles"], before, {"success": share}))
-    for measure, groups in run.last["by_difficulty"].items():
+    for measure, groups in run.last.get("by_difficulty", {}).items():
         for value, group in groups.items():
-            before = run.first["by_difficulty"].get(measure, {}).get(value)
+            before = run.first.get("by_difficulty", {}).get(measure, {}).get(value)
             name = f"{measure.replace('_', ' ')}: {value}"
             rows.append((name, group["num_puzzles"], before, group))
     return rows

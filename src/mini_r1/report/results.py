@@ -1,9 +1,11 @@
 """The records of a sweep -> Markdown tables with intervals, and a figure of curves per table."""
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
+from mini_r1 import one_line
 from mini_r1.metrics import METRICS, SWEEP_COLUMNS, Metric
 from mini_r1.report.chart import Curve, figure
 from mini_r1.run import Evaluation, Group, write_text
@@ -37,13 +39,14 @@ def write_results(sweep: Sweep) -> None:
 def _preamble(sweep: Sweep, records: Records) -> str:
     everything = [record for of_setting in records.values() for record in of_setting]
     summary = everything[0]["summary"]
+    easy = summary.get("plus_minus_only_share")
     return (
         f"Written by `mini-r1 sweep` from the records in `{sweep.records.as_posix()}`; nothing "
         "here is typed by hand.\n\n"
         f"Success is held-out success: {summary['num_puzzles']} puzzles that neither the base nor "
         f"the run has seen ({summary['split']}), {summary['num_samples']} sample(s) each, "
-        f"temperature {summary['temperature']}; rule: {summary['rule']}; "
-        f"{summary['plus_minus_only_share']:.0%} of them need only + and -. Brackets hold 95 % "
+        f"temperature {summary['temperature']}; rule: {summary['rule']}"
+        f"{'' if easy is None else f'; {easy:.0%} of them need only + and -'}. Brackets hold 95 % "
         "intervals with the puzzles as independent units; one entry per seed "
         f"({', '.join(map(str, sweep.seeds))}). Other columns are means over the seeds, before → "
         "after. Curves show training success (the sampled training batches, not held-out), mean "
@@ -83,10 +86,10 @@ def _by_difficulty(records: Sequence[Record]) -> str:
         both = [[run[when]["pass_at"][k] for run in records] for when in ("before", "after")]
         shown = [_lines(f"{share:.1%}" for share in shares) for shares in both]
         rows.append([f"pass@{k}", str(last["num_puzzles"]), *shown, _ratio(*both)])
-    for measure, groups in last["by_difficulty"].items():
+    for measure, groups in last.get("by_difficulty", {}).items():
         for value, group in groups.items():
             both = [
-                [run[when]["by_difficulty"][measure][value] for run in records]
+                [run[when].get("by_difficulty", {})[measure][value] for run in records]
                 for when in ("before", "after")
             ]
             ratio = _ratio(*([each["success"] for each in results] for results in both))
@@ -102,8 +105,11 @@ def _examples(record: Record) -> str:
     parts = []
     pairs = zip(record["before"]["examples"], record["after"]["examples"], strict=True)
     for before, after in pairs:
-        nums = ", ".join(map(str, before["nums"]))
-        parts.append(f"**Make {before['target']} using each of {nums} once**\n")
+        asked = one_line(json.dumps(before.get("row"), ensure_ascii=False), 200)
+        if "nums" in before:
+            nums = ", ".join(map(str, before["nums"]))
+            asked = f"Make {before['target']} using each of {nums} once"
+        parts.append(f"**{asked}**\n")
         for when, each in (("Before", before), ("After", after)):
             lines = each["completion"].strip().splitlines()
             code = "\n".join(f"    {line}" for line in lines)

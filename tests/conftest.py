@@ -10,7 +10,9 @@ import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a hub must fail, not hang
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job hands down its deafness
+# A background job and nohup hand down their deafness.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")

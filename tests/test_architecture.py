@@ -33,6 +33,7 @@ ORDER = [
     "run",
     "tables",
     "data",
+    "launch.machine",
     "launch.memory",
     "launch.plan",
     "launch.vllm_server",

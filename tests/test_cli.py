@@ -12,7 +12,7 @@ import pytest
 from mini_r1 import InputError, RunFailed
 from mini_r1.cli import exit_code, main
 from mini_r1.countdown.expression import is_solution
-from mini_r1.launch.plan import LAUNCH_VARIABLES
+from mini_r1.launch.machine import LAUNCH_VARIABLES
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ORIGINAL = RECIPES / "grpo-qwen-2.5-3b-deepseek-r1-countdown.yaml"

@@ -21,7 +21,7 @@ from mini_r1 import BAD_INPUT, FAILED, INTERRUPTED, InputError, RunFailed, __ver
 from mini_r1.model import EMBEDDED_BASES
 
 if TYPE_CHECKING:
-    from mini_r1.launch.plan import Machine
+    from mini_r1.launch.machine import Machine
     from mini_r1.recipe import Recipe
 
 STDOUT = "-"  # what --json is without a file
@@ -50,7 +50,7 @@ def exit_code(command: Callable[[], None]) -> int:
     line and 130. Bad input is met by all processes of a launch and told by the first; what fails
     may fail in any.
     """
-    from mini_r1.launch.plan import is_main_process
+    from mini_r1.launch.machine import is_main_process
 
     try:
         command()
@@ -74,7 +74,7 @@ def _command_line() -> str:
     """What was typed to start this process, or the launcher that did."""
     import psutil
 
-    from mini_r1.launch.plan import launched
+    from mini_r1.launch.machine import launched
 
     parent = psutil.Process().parent() if launched() else None
     words = parent.cmdline() if parent else sys.orig_argv
@@ -92,12 +92,8 @@ def train_here(recipe: "Recipe") -> None:
     """
     from mini_r1 import quirks
     from mini_r1.launch.doctor import first_problem
-    from mini_r1.launch.plan import (
-        check_processes,
-        is_main_process,
-        num_processes,
-        owns_server,
-    )
+    from mini_r1.launch.machine import is_main_process, num_processes
+    from mini_r1.launch.plan import check_processes, owns_server
     from mini_r1.launch.vllm_server import take_last_gpu
     from mini_r1.run import TRACKER_FOLDERS, withdraw_stop
 
@@ -152,7 +148,7 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def _machine(args: argparse.Namespace) -> "Machine":
-    from mini_r1.launch.plan import Machine, this_machine
+    from mini_r1.launch.machine import Machine, this_machine
 
     if (args.gpus is None) != (args.gpu_memory is None) and args.gpus != 0:
         raise InputError("give both, or neither for this machine", where="--gpus and --gpu-memory")
@@ -194,9 +190,9 @@ def _output_file(name: str, option: str) -> Path:
 
 
 def slurm(args: argparse.Namespace) -> None:
-    from mini_r1.launch.plan import ROOT, Machine
+    from mini_r1.launch.machine import Machine
     from mini_r1.launch.slurm import plan_job, submit_command
-    from mini_r1.recipe import load_recipe
+    from mini_r1.recipe import ROOT, load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     job = plan_job(recipe, args.nodes, Machine(args.gpus_per_node, args.gpu_memory))
@@ -585,9 +581,7 @@ def _parser() -> argparse.ArgumentParser:
         help="searches to learn from (default: 8000)",
     )
 
-    model = commands.add_parser("model", help="bring a model along").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
+    model = _commands(_command(commands, "model", None, "bring a model along"))
     command = _command(
         model, "convert", model_convert, "make a folder that can be trained of a GGUF file"
     )

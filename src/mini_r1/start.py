@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mini_r1.launch.plan import is_main_process
+from mini_r1.launch.machine import is_main_process
 from mini_r1.model import (
     adapter_base,
     check_weights,

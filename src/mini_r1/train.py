@@ -48,7 +48,8 @@ from mini_r1.callbacks import (
 )
 from mini_r1.data import Split, load_split, prompt_dataset
 from mini_r1.evaluate import heldout_puzzles, progress_bar, sample_batches, summarize
-from mini_r1.launch.plan import SERVER_HOST, is_main_process, owns_server
+from mini_r1.launch.machine import is_main_process
+from mini_r1.launch.plan import SERVER_HOST, owns_server
 from mini_r1.launch.vllm_server import VLLMServer
 from mini_r1.live import LiveView
 from mini_r1.manifest import DataRecord, build_manifest

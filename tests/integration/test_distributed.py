@@ -128,7 +128,8 @@ def test_ctrl_c_reaches_all_processes_and_nothing_else_is_said(tmp_path):
     code = (
         "import sys; from dataclasses import replace\n"
         "from mini_r1.cli import exit_code; from mini_r1.recipe import load_recipe\n"
-        "from mini_r1.launch.plan import Machine, launch, make_plan\n"
+        "from mini_r1.launch.machine import Machine\n"
+        "from mini_r1.launch.plan import launch, make_plan\n"
         "plan = make_plan(load_recipe(sys.argv[1], sys.argv[2:]), Machine(0))\n"
         "two = replace(plan, processes=2, launcher='cpu')\n"
         "sys.exit(exit_code(lambda: launch(two)))"

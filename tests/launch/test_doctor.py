@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from mini_r1 import InputError
 from mini_r1.cli import main
 from mini_r1.launch import doctor
-from mini_r1.launch.plan import Machine
+from mini_r1.launch.machine import Machine
 from mini_r1.model import model_path
 from mini_r1.recipe import load_recipe
 from mini_r1.run import LOGS_FOLDER, MERGED_FOLDER, RECIPE_FILE

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mini_r1.launch.machine import Machine
 from mini_r1.launch.memory import (
     GATED,
     GIB,
@@ -18,7 +19,7 @@ from mini_r1.launch.memory import (
     shape_of,
     state_bytes,
 )
-from mini_r1.launch.plan import Machine, make_plan
+from mini_r1.launch.plan import make_plan
 from mini_r1.model import load_model
 from mini_r1.recipe import load_recipe
 

@@ -5,7 +5,7 @@ import pytest
 from mini_r1 import InputError
 from mini_r1.cli import main
 from mini_r1.launch import slurm
-from mini_r1.launch.plan import Machine
+from mini_r1.launch.machine import Machine
 from mini_r1.launch.slurm import SECRET, Job, plan_job
 from mini_r1.recipe import load_recipe
 

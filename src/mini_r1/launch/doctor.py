@@ -29,17 +29,9 @@ from packaging.version import Version
 
 from mini_r1 import InputError, hub, one_line
 from mini_r1.data import check_head
+from mini_r1.launch.machine import Machine, leftover_variables, num_processes
 from mini_r1.launch.memory import checkpoint_bytes, model_shape
-from mini_r1.launch.plan import (
-    Machine,
-    Plan,
-    checkpoints_at_most,
-    free_disk,
-    leftover_variables,
-    make_plan,
-    num_processes,
-    optimizer_steps,
-)
+from mini_r1.launch.plan import Plan, checkpoints_at_most, free_disk, make_plan, optimizer_steps
 from mini_r1.model import (
     EMBEDDED_BASES,
     adapter_base,

@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mini_r1 import InputError
+from mini_r1.launch.machine import Machine
 from mini_r1.launch.plan import (
     LAUNCH_CONFIGS,
-    ROOT,
     TRAINING_SCRIPT,
-    Machine,
     check_batch,
     describe_batch,
     launcher_for,
@@ -35,7 +34,7 @@ from mini_r1.launch.plan import (
     server_command,
 )
 from mini_r1.launch.vllm_server import answers
-from mini_r1.recipe import Recipe, load_recipe
+from mini_r1.recipe import ROOT, Recipe, load_recipe
 from mini_r1.run import LOGS_FOLDER, paused_step, request_stop, withdraw_stop, write_text
 
 MAX_REQUEUES = 100  # a job that always pauses at once would go on for ever

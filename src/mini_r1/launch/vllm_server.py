@@ -22,7 +22,8 @@ import urllib.request
 from pathlib import Path
 
 from mini_r1 import RunFailed
-from mini_r1.launch.plan import SERVER_HOST, server_command, visible_gpus
+from mini_r1.launch.machine import visible_gpus
+from mini_r1.launch.plan import SERVER_HOST, server_command
 from mini_r1.recipe import Recipe
 from mini_r1.run import LOGS_FOLDER
 

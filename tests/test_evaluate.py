@@ -114,6 +114,7 @@ def sample_base(base, puzzles, num_samples=2, max_completion_length=60, **option
     )
 
 
+@pytest.mark.slow
 def test_the_result_does_not_depend_on_the_number_of_processes(base, monkeypatch):
     monkeypatch.setattr("mini_r1.evaluate.EVALUATION_BATCH", 16)
     puzzles = heldout_puzzles(load_split(TASK), TASK)[:20]
@@ -168,6 +169,7 @@ def test_counts_tokens_up_to_the_end_and_truncation(base):
         assert sample.tokens == len(base[1](sample.completion)["input_ids"]) + 1
 
 
+@pytest.mark.slow
 def test_evaluates_the_embedded_base_by_name():
     result = evaluate_model("tiny_base", num_puzzles=20, num_samples=2)
     assert result.keys() >= KEYS

@@ -80,6 +80,15 @@ KINDS = {
         adds="<bos> $A",
         special=("<start_of_turn>",),
     ),
+    "gemma2": Kind("gemma2", SMALL),
+    "mistral": Kind("mistral", SMALL),
+    "mixtral": Kind("mixtral", {**SMALL, "num_local_experts": 4}),
+    "olmo2": Kind("olmo2", SMALL),
+    "phi": Kind("phi", {**SMALL, "num_key_value_heads": 2}),
+    "qwen3_moe": Kind(
+        "qwen3_moe",
+        {**SMALL, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
     "gpt2": Kind(
         "gpt2",
         {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 1024},

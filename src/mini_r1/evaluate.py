@@ -36,6 +36,7 @@ from mini_r1.countdown.solver import Difficulty, difficulty
 from mini_r1.data import Item, Split, load_split, row_columns
 from mini_r1.launch.memory import EVALUATION_BATCH
 from mini_r1.model import load_model, load_tokenizer
+from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TaskConfig
 from mini_r1.rewards import (
     REWARDS,
@@ -98,7 +99,10 @@ def evaluate_model(
     }
     task = replace(task, **{key: value for key, value in changes.items() if value is not None})
     # Whatever can be refused is refused before the weights are loaded.
-    tokenizer, split = load_tokenizer(weights), load_split(task)
+    tokenizer = load_tokenizer(weights)
+    if task.prompt_template in PROMPT_TEMPLATES:
+        task.template.renderer(tokenizer, chat_template_kwargs)
+    split = load_split(task)
     puzzles = heldout_puzzles(split, task)
     sample = row_columns(puzzles[0], split.columns)
     task.template.renderer(tokenizer, chat_template_kwargs, sample)

@@ -27,6 +27,7 @@ from mini_r1.countdown.solver import check_numbers, solve
 from mini_r1.data import load_split, row_columns
 from mini_r1.evaluate import sampling, success_of, success_reward, tokenize
 from mini_r1.model import load_model, load_tokenizer, model_path
+from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TaskConfig
 from mini_r1.run import is_run, recipe_of, weights_and_task, weights_of
 
@@ -85,7 +86,7 @@ def play(
         raise InputError("give both, or neither to be dealt a puzzle", where="--nums and --target")
     further: Mapping[str, Mapping[str, Any]] = {}
     if nums is None or target is None:
-        if task.is_countdown:
+        if task.prompt_template in PROMPT_TEMPLATES:
             # Dealing may take a while; a model that cannot be asked is refused at once.
             task.template.renderer(load_tokenizer(weights), kwargs)
         split = load_split(task)

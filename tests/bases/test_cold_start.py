@@ -26,6 +26,7 @@ TINY = COLD_STARTS["tiny_base"]
 TRY = re.compile(r"(?P<steps>[0-9+\-*/=, ]+) (?P<verdict>low|high|yes)")
 
 
+@pytest.mark.slow
 def test_traces_calculate_and_judge_truly():
     for trace in traces(replace(TINY, num_traces=2000)):
         puzzle, parsed = trace.puzzle, parse_completion(trace.completion)

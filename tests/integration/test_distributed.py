@@ -25,7 +25,7 @@ from mini_r1.run import (
     SUMMARY_FILE,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.minutes]
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "accelerate_configs"

@@ -29,7 +29,7 @@ from tests.test_docs import (
     write_code_blocks,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.minutes]
 
 ROOT = Path(__file__).parents[2]
 # As many steps as the real one, so that the documented files appear, but tiny ones.

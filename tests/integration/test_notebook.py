@@ -29,6 +29,7 @@ def printed(cells):
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_it_runs_from_start_to_end_and_the_model_learns(tmp_path):
     for name in ("recipes", "docs", "configs", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)

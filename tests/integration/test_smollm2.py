@@ -26,6 +26,7 @@ from tests.test_prompts import ORIGINAL
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.minutes,
     pytest.mark.skipif(not GGUF.exists(), reason=f"needs {GGUF}: run make test-all"),
 ]
 ROOT = Path(__file__).parents[2]

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.minutes,
     pytest.mark.skipif(
         not (ROOT / ".venv-vllm" / "installed").exists(), reason="needs vLLM: run make test-all"
     ),

@@ -42,6 +42,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.slow
 def test_the_server_and_its_children_end_with_the_trainer(tmp_path):
     keeper = start_keeper(tmp_path, sys.executable, "-c", STUBBORN)
     log = tmp_path / "log"

@@ -280,10 +280,7 @@ class Recipe:
 
     def place(self, error: InputError) -> InputError:
         """The same error, with where its key was set; as it is if it says where already."""
-        if error.where is not None:
-            return error
-        where = self.where.get(error.key or "", str(self.path))
-        return InputError(error.problem, key=error.key, where=where)
+        return _placed(error, self.where, self.path)
 
     def get(self, key: str) -> Any:
         """The value of a key: the recipe's, else ours, else the library's.
@@ -306,6 +303,12 @@ class Recipe:
         The task's keys with their defaults, the others as given.
         """
         return {**self.model, **self.task.as_dict(), **self.training}
+
+
+def _placed(error: InputError, where: Mapping[str, str], path: Path) -> InputError:
+    if error.where is not None:
+        return error
+    return InputError(error.problem, key=error.key, where=where.get(error.key or "", str(path)))
 
 
 def default_of(key: str) -> Any:
@@ -358,8 +361,7 @@ def load_recipe(
     try:
         task = TaskConfig(**parts["task"])
     except InputError as error:
-        place = where.get(error.key or "", path)
-        raise InputError(error.problem, key=error.key, where=place) from None
+        raise _placed(error, where, path) from None
     recipe = Recipe(path, tuple(overrides), where, task, parts["model"], parts["training"])
     for wrong, key, problem in conflicts(recipe.get):
         if wrong:

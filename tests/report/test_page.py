@@ -145,6 +145,28 @@ def test_runs_side_by_side_and_a_published_curve(run_dir, tmp_path):
     assert "By difficulty of my &lt;run&gt;" in page
 
 
+def test_a_value_that_is_no_number_is_left_out_of_its_chart(run_dir):
+    file = run_dir / "trainer_state.json"
+    state = json.loads(file.read_text())
+    state["log_history"][1]["kl"], state["log_history"][2]["kl"] = float("nan"), float("inf")
+    file.write_text(json.dumps(state))
+    page = render([load_run(run_dir)], {})
+    assert not re.search(r"\b(nan|inf)\b", page.partition("<svg")[2])
+
+
+def test_the_rows_of_another_task_are_shown_as_they_are(run_dir):
+    for name in ("before", "after"):
+        file = run_dir / "eval" / f"{name}.json"
+        result = json.loads(file.read_text())
+        del result["by_difficulty"], result["plus_minus_only_share"]
+        (example,) = result["examples"]
+        result["examples"] = [{**example, "row": {"words": "<b> a"}, "solved": False}]
+        file.write_text(json.dumps(result))
+    page = render([load_run(run_dir)], {})
+    assert "<h3>words &lt;b&gt; a</h3>" in page
+    assert "need only" not in page
+
+
 def test_an_unfinished_run_is_shown_as_such(run_dir):
     (run_dir / "eval" / "after.json").unlink()
     (run_dir / "trainer_state.json").unlink()

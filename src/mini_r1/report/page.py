@@ -10,6 +10,7 @@ so that a completion cannot change the page.
 
 import csv
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -129,7 +130,8 @@ def _chart(name: str, runs: Sequence[Run], references: Sequence[Curve]) -> str:
     metric, curves = METRICS[name], []
     for run in runs:
         values = ((entry["step"], metric.logged(entry)) for entry in run.history)
-        points = [(step, value) for step, value in values if value is not None]
+        known = ((step, value) for step, value in values if value is not None)
+        points = [(step, value) for step, value in known if math.isfinite(value)]
         held_out = []
         if name == "success":
             held_out = [(step, each["success"], *each["ci95"]) for step, _, each in run.evaluations]

@@ -3,6 +3,7 @@ import os
 import pty
 import signal
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -160,9 +161,10 @@ def test_a_closed_terminal_breaks_nothing_that_prints(tmp_path):
     pid, terminal = pty.fork()
     if pid == 0:  # a process of its own, on a terminal of its own
         try:
-            PauseOnRequest(tmp_path)
+            callback, deadline = PauseOnRequest(tmp_path), time.monotonic() + 60
             os.write(1, b"ready")
-            signal.pause()
+            while not callback._requested and time.monotonic() < deadline:
+                time.sleep(0.01)
             os.write(1, b"nobody reads this")
             (tmp_path / "survived").touch()
         finally:

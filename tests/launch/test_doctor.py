@@ -24,6 +24,14 @@ from tests.tiny_models import build
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = RECIPES / "tiny-cpu.yaml"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """A current folder without runs/tiny-cpu, which a reader may have by now."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
 ORIGINAL = RECIPES / "grpo-qwen-2.5-3b-deepseek-r1-countdown.yaml"
 
 # Lines added to a recipe that trains the embedded base, and what the message must say.

@@ -6,6 +6,7 @@ is loaded: `require`.
 """
 
 import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -31,20 +32,46 @@ def unreachable() -> str | None:
 
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
-    answers: list[str | None] = []
 
-    def ask() -> None:
+    def ask() -> str | None:
         try:
             get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-            answers.append(None)
         except Exception as error:  # no route, no name, a proxy, a certificate: all the same here
-            answers.append(type(error).__name__)
+            return type(error).__name__
+        return None
 
-    # Looking up a name knows no time-out of its own.
-    asking = threading.Thread(target=ask, daemon=True)
+    return _answer(ask, TIMEOUT, f"no answer within {TIMEOUT:.0f} s")
+
+
+def token_refusal(token: str) -> str | None:
+    """Why the hub does not know the owner of a token; None if it does."""
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    def ask() -> str | None:
+        try:
+            who = f"{constants.ENDPOINT}/api/whoami-v2"
+            headers = build_hf_headers(token=token)
+            hf_raise_for_status(get_session().get(who, headers=headers, timeout=TIMEOUT))
+        except errors.HfHubHTTPError as error:
+            return f"the hub refuses the token ({one_line(error, 120)}); run 'hf auth login'"
+        except Exception as error:  # offline mode, no route, a proxy
+            return f"the hub cannot be reached ({type(error).__name__})"
+        return None
+
+    return _answer(ask, TIMEOUT + 1, "the hub cannot be reached (no answer)")
+
+
+def _answer(ask: Callable[[], str | None], patience: float, silence: str) -> str | None:
+    """What `ask` returns, or `silence` if that takes longer than so many seconds.
+
+    Looking up a name knows no time-out of its own.
+    """
+    answers: list[str | None] = []
+    asking = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
     asking.start()
-    asking.join(TIMEOUT)
-    return answers[0] if answers else f"no answer within {TIMEOUT:.0f} s"
+    asking.join(patience)
+    return answers[0] if answers else silence
 
 
 def cached(name: str, kind: Kind = "model", revision: str | None = None) -> Path | None:

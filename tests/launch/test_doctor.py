@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from mini_r1 import InputError
+from mini_r1 import InputError, hub
 from mini_r1.cli import main
 from mini_r1.launch import doctor
 from mini_r1.launch.machine import Machine
@@ -267,7 +267,7 @@ def test_writing_to_the_hub_needs_a_token(at_home):
     ],
 )
 def test_writing_to_the_hub_needs_the_hub(at_home, monkeypatch, answer, message):
-    monkeypatch.setattr(doctor, "LOGIN_TIMEOUT", 0.3)
+    monkeypatch.setattr(hub, "TIMEOUT", 0.3)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"

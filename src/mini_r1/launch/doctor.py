@@ -15,7 +15,6 @@ import os
 import platform
 import re
 import shutil
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -27,7 +26,7 @@ from urllib.parse import urlsplit
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from mini_r1 import InputError, hub, one_line
+from mini_r1 import InputError, hub
 from mini_r1.data import check_head
 from mini_r1.launch.machine import Machine, leftover_variables, num_processes
 from mini_r1.launch.memory import checkpoint_bytes, model_shape
@@ -62,7 +61,6 @@ from mini_r1.run import (
 )
 from mini_r1.tables import locate
 
-LOGIN_TIMEOUT = 3.0  # seconds; a run that writes to the hub starts with asking it
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}  # of lora_target_modules
 # Which package a key of a recipe needs.
 PACKAGE_OF = {
@@ -248,30 +246,8 @@ def _uploads(recipe: Recipe) -> Iterator[InputError]:
     if not token:
         yield InputError(f"no hub token here; run 'hf auth login', or {instead}", key=key)
         return
-    answers: list[str | None] = []
-    asking = threading.Thread(target=lambda: answers.append(_refusal(token)), daemon=True)
-    asking.start()
-    asking.join(LOGIN_TIMEOUT + 1)  # no timeout of httpx covers the search for an address
-    refusal = answers[0] if answers else "the hub cannot be reached (no answer)"
-    if refusal:
+    if refusal := hub.token_refusal(token):
         yield InputError(f"{refusal}; {instead}", key=key)
-
-
-def _refusal(token: str) -> str | None:
-    """Why the hub does not know the owner of a token, if it does not."""
-    from huggingface_hub import constants, errors
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-    try:
-        who = f"{constants.ENDPOINT}/api/whoami-v2"
-        hf_raise_for_status(
-            get_session().get(who, headers=build_hf_headers(token=token), timeout=LOGIN_TIMEOUT)
-        )
-    except errors.HfHubHTTPError as error:
-        return f"the hub refuses the token ({one_line(error, 120)}); run 'hf auth login'"
-    except Exception as error:  # whatever keeps us from the hub: offline mode, no route, a proxy
-        return f"the hub cannot be reached ({type(error).__name__})"
-    return None
 
 
 def check_model(name: str, recipe_path: str | None = None) -> None:

@@ -70,16 +70,9 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A row of a task that is not the Countdown game.
-
-    Attributes:
-        columns: what is in it, for the prompt and for the rewards.
-        table, index: where it stands.
-    """
+    """A row of a task that is not the Countdown game: what prompt and rewards are made of."""
 
     columns: Mapping[str, Any]
-    table: Table = field(repr=False)
-    index: int
 
     @cached_property
     def key(self) -> str:
@@ -91,7 +84,7 @@ Item = Puzzle | Question  # what a prompt asks
 
 
 class Row(NamedTuple):
-    """A puzzle or question, and which row of which table it is; no table: it was generated."""
+    """A question, or a puzzle and the row of a table that it was made of, if it was."""
 
     item: Item
     table: Table | None = None
@@ -335,7 +328,7 @@ def _questions(
         }
         for index in range(len(table)):
             row = {name: values[name][index] if name in values else None for name in names}
-            yield Row(Question(row, table, index), table, index)
+            yield Row(Question(row))
 
 
 def _rows(table: Table, columns: Mapping[str, str]) -> Iterator[Row]:
@@ -424,7 +417,7 @@ def _further_columns(
     """
     by_table = defaultdict(list)
     for key, row in rows.items():
-        if row.table is not None and isinstance(row.item, Puzzle):
+        if row.table is not None:
             by_table[row.table].append((key, row.index))
     if not by_table:
         return {}

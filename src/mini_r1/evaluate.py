@@ -99,13 +99,14 @@ def evaluate_model(
     }
     task = replace(task, **{key: value for key, value in changes.items() if value is not None})
     # Whatever can be refused is refused before the weights are loaded.
-    tokenizer = load_tokenizer(weights)
-    if task.prompt_template in PROMPT_TEMPLATES:
+    tokenizer, ours = load_tokenizer(weights), task.prompt_template in PROMPT_TEMPLATES
+    if ours:  # else it takes a row of the data
         task.template.renderer(tokenizer, chat_template_kwargs)
     split = load_split(task)
     puzzles = heldout_puzzles(split, task)
-    sample = row_columns(puzzles[0], split.columns)
-    task.template.renderer(tokenizer, chat_template_kwargs, sample)
+    if not ours:
+        sample = row_columns(puzzles[0], split.columns)
+        task.template.renderer(tokenizer, chat_template_kwargs, sample)
     model = load_model(weights)
     with progress_bar(len(puzzles) * task.num_eval_samples, Path(name).name) as on_batch:
         batches = sample_batches(

@@ -23,7 +23,7 @@ from mini_r1.data import load_split, puzzles_of
 from mini_r1.manifest import versions, weights_hash
 from mini_r1.model import load_merged, load_model, load_tokenizer, model_path
 from mini_r1.recipe import load_recipe
-from mini_r1.run import MANIFEST_FILE, new_folder, weights_and_task, write_json, write_recipe
+from mini_r1.run import MANIFEST_FILE, new_folder, weights_of, write_json, write_recipe
 
 # The form is learned in 25 such steps (docs/log.md); no other values were tried.
 BATCH_SIZE = 8
@@ -102,8 +102,10 @@ def teach(name: str, recipe_path: str, output: Path, num_traces: int) -> None:
         InputError: no such model, data or recipe, a model that is not whole, no search that is
             short enough, or the folder exists.
     """
-    seed = load_recipe(recipe_path, to_train=False).get("seed")
-    weights, task, max_completion_length, kwargs = weights_and_task(name, recipe_path)
+    recipe, weights = load_recipe(recipe_path, to_train=False), weights_of(name)
+    task, seed = recipe.task, recipe.get("seed")
+    max_completion_length = recipe.get("max_completion_length")
+    kwargs = recipe.get("chat_template_kwargs")
     with new_folder(output) as folder:
         # what to learn: searches that the recipe's completions have room for
         tokenizer = load_tokenizer(weights)

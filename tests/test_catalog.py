@@ -46,9 +46,18 @@ def test_keys_are_found_by_a_part_of_their_name(pattern):
 
 
 def test_a_reader_may_stop_early():
-    command = f"{sys.executable} -m mini_r1 recipes --keys | head -1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("## task keys\n", "")
+    command = [sys.executable, "-m", "mini_r1", "recipes", "--keys"]
+    pipe = subprocess.PIPE
+    with (
+        subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as writer,
+        subprocess.Popen(
+            ["head", "-1"], stdin=writer.stdout, stdout=pipe, stderr=pipe, text=True
+        ) as reader,
+    ):
+        writer.stdout.close()  # head is the only one who reads
+        shown, told = reader.communicate()
+        told += writer.stderr.read()
+    assert (shown, told) == ("## task keys\n", "")
 
 
 def test_no_key_of_that_name():

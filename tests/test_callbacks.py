@@ -4,6 +4,7 @@ import pty
 import signal
 import threading
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from mini_r1.callbacks import (
     CheckpointMarker,
     HeldOutEvaluation,
+    NoStepTooMany,
+    NothingLeft,
     PauseOnRequest,
     TensorBoard,
     TrainClock,
@@ -50,6 +53,13 @@ def test_held_out_evaluation_on_schedule(stage):
     resumed = HeldOutEvaluation(2, evaluate, logged.append)
     assert resumed.result_after()["success"] == 0.5
     assert (names[3:], len(logged)) == (["after"], 4)
+
+
+@pytest.mark.parametrize(("step", "left"), [(0, True), (3, True), (4, False), (5, False)])
+def test_no_step_is_taken_beyond_the_last(stage, step, left):
+    stage[1].global_step = step
+    with nullcontext() if left else pytest.raises(NothingLeft):
+        NoStepTooMany().on_train_begin(*stage)
 
 
 def test_a_complete_checkpoint_is_marked(stage, tmp_path):

@@ -67,6 +67,24 @@ class TensorBoard(TensorBoardCallback):
             self._shown = latest
 
 
+class NothingLeft(Exception):
+    """Every step was done before: the run was killed amid what comes after them."""
+
+
+class NoStepTooMany(TrainerCallback):
+    """Stops a resumed training that has no step left, when all is loaded and none was taken.
+
+    To be called last. transformers 5.17 looks at max_steps only after a step.
+
+    Raises:
+        NothingLeft: out of `trainer.train()`.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
+
+
 class HeldOutEvaluation(TrainerCallback):
     """Evaluates before the first step, every `every` steps and after the last one.
 

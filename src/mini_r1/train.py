@@ -22,6 +22,7 @@ and Ctrl-C make it save and stop. Left out on purpose: any trainer, loss or samp
 import importlib.util
 import os
 import time
+from contextlib import suppress
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -42,6 +43,8 @@ from mini_r1.callbacks import (
     CheckpointMarker,
     CheckpointSigner,
     HeldOutEvaluation,
+    NoStepTooMany,
+    NothingLeft,
     PauseOnRequest,
     TensorBoard,
     TrainClock,
@@ -157,11 +160,11 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
         trainer.add_callback(TensorBoard(recipe.as_dict(), recorder))
     live = LiveView(run_dir.name, clock, recorder)
     signer = CheckpointSigner(start.sign)
-    for callback in (clock, signer, CheckpointMarker(), pause, live, held_out):
+    for callback in (clock, signer, CheckpointMarker(), pause, live, held_out, NoStepTooMany()):
         trainer.add_callback(callback)
 
     # The loop, which is TRL's, and the end.
-    with live, pause:
+    with live, pause, suppress(NothingLeft):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if server:
         server.stop()
@@ -192,7 +195,10 @@ def _finish(
     clock: TrainClock,
     start: Start,
 ) -> Summary | None:
-    """Save the trained model, evaluate it and sum up; the summary is the main process's."""
+    """Save the trained model, evaluate it and sum up; the summary is the main process's.
+
+    The summary is written last: a run that was killed before it does all of this again.
+    """
     run_dir = recipe.run_dir
     trainer.save_model(str(run_dir))
     after = held_out.result_after()
@@ -201,15 +207,15 @@ def _finish(
     if trainer.accelerator.is_main_process:
         start.sign(run_dir)
         tokenizer.save_pretrained(run_dir)
-        summary = _sum_up(run_dir, after, trainer.state.global_step, clock.train_seconds)
         trainer.create_model_card(dataset_name=recipe.task.dataset_id_or_path)
         write_report([run_dir], run_dir / REPORT_FILE)
-        print(describe(summary))
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     if trainer.accelerator.is_main_process:
         start.sign(run_dir)  # the push has saved it once more
         start.ended()
+        summary = _sum_up(run_dir, after, trainer.state.global_step, clock.train_seconds)
+        print(describe(summary))
     return summary
 
 

@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import signal
 import sqlite3
 import struct
@@ -168,6 +169,36 @@ def test_kill_9_loses_nothing(straight, tmp_path):
         for folder in (run_dir, straight[0])
     ]
     assert results[0]["success"] == results[1]["success"]
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ["eval/after.json", "model.safetensors", "report.html", SUMMARY_FILE, STATE_FILE],
+        ["report.html", SUMMARY_FILE],
+        [SUMMARY_FILE],
+    ],
+    ids=["before the last evaluation", "before the report", "before the summary"],
+)
+def test_what_follows_the_last_step_is_done_again_and_no_step_is(straight, tmp_path, lost):
+    run_dir = shutil.copytree(straight[0], tmp_path / "run")
+    for name in lost:
+        (run_dir / name).unlink()
+    recipe = yaml.safe_load((run_dir / RECIPE_FILE).read_text())
+    (run_dir / RECIPE_FILE).write_text(yaml.safe_dump(recipe | {"output_dir": str(run_dir)}))
+    done = train(run_dir)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout
+    assert "step 7" not in done.stdout
+    assert_same_outcome(run_dir, straight[0])
+    assert {path.name for path in run_dir.iterdir()} - {"manifest-from-checkpoint-6.json"} == {
+        path.name for path in straight[0].iterdir()
+    }
+    again, before = (
+        json.loads((each / SUMMARY_FILE).read_text()) for each in (run_dir, straight[0])
+    )
+    for key in ("steps", "success_before", "success_after"):
+        assert again[key] == before[key], key
 
 
 @pytest.mark.parametrize("request_by", ["mini-r1 pause", signal.SIGTERM, signal.SIGUSR1])

@@ -55,6 +55,19 @@ def test_held_out_evaluation_on_schedule(stage):
     assert (names[3:], len(logged)) == (["after"], 4)
 
 
+def test_an_evaluation_leaves_a_step_its_line_in_the_log(stage):
+    def log(values):
+        stage[2].should_log = False  # as transformers' on_log does
+
+    result = {"success": 0.5, "mean_completion_tokens": 30}
+    callback = HeldOutEvaluation(2, lambda name: result, log)
+    stage[1].global_step = 2
+    for due in (True, False):
+        stage[2].should_log = due
+        callback.on_step_end(*stage)
+        assert stage[2].should_log is due
+
+
 @pytest.mark.parametrize(("step", "left"), [(0, True), (3, True), (4, False), (5, False)])
 def test_no_step_is_taken_beyond_the_last(stage, step, left):
     stage[1].global_step = step

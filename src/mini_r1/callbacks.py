@@ -114,7 +114,10 @@ class HeldOutEvaluation(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         due = self._every and state.global_step % self._every == 0
         if due and state.global_step < state.max_steps:
+            # transformers takes any line in the log for the step's own, which comes after this.
+            should_log = control.should_log
             self._run(f"step-{state.global_step:06d}")
+            control.should_log = should_log
 
     def on_save(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:

@@ -335,6 +335,23 @@ def test_the_home_folder_is_written_out(write, monkeypatch):
 # ---- Names ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "hub_token: abc",
+        f"hub_token: hf_{'x' * 34}",
+        f"model_init_kwargs: {{token: hf_{'x' * 34}}}",
+        f"hub_model_id: me/hf_{'x' * 34}",
+    ],
+)
+def test_a_secret_is_refused_and_not_repeated(write, line):
+    for arguments in ((f"{MINIMAL}{line}\n", []), (MINIMAL, [f"--{line.replace(': ', '=', 1)}"])):
+        with pytest.raises(InputError, match="no place for a secret") as caught:
+            load_recipe(write(arguments[0]), arguments[1])
+        assert "xxx" not in str(caught.value)
+        assert "abc" not in str(caught.value)
+
+
 def test_a_recipe_goes_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(RECIPES[0].parents[1])
     assert find_recipe("tiny-cpu") == find_recipe("tiny-cpu.yaml") == Path("recipes/tiny-cpu.yaml")

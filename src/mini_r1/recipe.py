@@ -40,6 +40,8 @@ _PACKAGE = Path(__file__).parent
 ROOT = _PACKAGE.parents[1] if _PACKAGE.parent.name == "src" else _PACKAGE
 RECIPES = ROOT / "recipes"
 
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # as the hub makes them
+
 # What every run wants unless its recipe says otherwise.
 TRAINING_DEFAULTS = {
     "report_to": ["tensorboard"],  # the libraries' default is none
@@ -80,7 +82,7 @@ OLD_KEYS = {
     "per_gpu_eval_batch_size": "write per_device_eval_batch_size",
     "push_to_hub_model_id": "write hub_model_id",
     "push_to_hub_organization": "write hub_model_id: organization/name",
-    "push_to_hub_token": "write hub_token",
+    "push_to_hub_token": "leave it out: set HF_TOKEN, or run 'hf auth login'",
     "torchdynamo": "write torch_compile_backend",
     "dispatch_batches": "write accelerator_config: {dispatch_batches: ...}",
     "split_batches": "write accelerator_config: {split_batches: ...}",
@@ -464,10 +466,24 @@ def _read_values(
         key = known[owner][name]
         try:
             node = node_of(setting, key) if isinstance(setting, list) else setting
-            parts[owner][name] = _from_home(key.read(node))
+            value = parts[owner][name] = _from_home(key.read(node))
+            _refuse_secret(name, value)
         except (TypeError, ValueError) as error:
             raise InputError(str(error), key=name, where=where[name]) from None
     return parts
+
+
+def _refuse_secret(name: str, value: Any) -> None:
+    """A run keeps its recipe and its command, shows them in its report, and may upload both.
+
+    Raises:
+        ValueError: this is a token of the hub, which it does not repeat.
+    """
+    if (name == "hub_token" and value) or TOKEN.search(str(value)):
+        raise ValueError(
+            "no place for a secret, since the run keeps its recipe; set HF_TOKEN, or run "
+            "'hf auth login'"
+        )
 
 
 def _from_home(value: Any) -> Any:

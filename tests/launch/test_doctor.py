@@ -247,12 +247,14 @@ def test_trackers_that_need_nothing(at_home, monkeypatch, chosen):
     assert at_home("--report_to", chosen) == []
 
 
-def test_writing_to_the_hub_needs_a_token(at_home):
+def test_writing_to_the_hub_needs_a_token(at_home, monkeypatch):
     assert at_home("--push_to_hub") == [
         "push_to_hub: no hub token here; run 'hf auth login', or write push_to_hub: false"
     ]
-    (problem,) = at_home("--push_to_hub", "--hub_token", "hf_x")
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    (problem,) = at_home("--push_to_hub")
     assert "the hub cannot be reached (OfflineModeIsEnabled)" in problem  # as all tests are
+    monkeypatch.delenv("HF_TOKEN")
     (problem,) = at_home("--log_completions", "--log_completions_hub_repo", "a/b")
     assert problem.startswith("log_completions_hub_repo: no hub token here")
 
@@ -284,7 +286,8 @@ def test_writing_to_the_hub_needs_the_hub(at_home, monkeypatch, answer, message)
             server.close()
         else:
             threading.Thread(target=serve, daemon=True).start()
-        found = at_home("--push_to_hub", "--hub_token", "hf_x")
+        monkeypatch.setenv("HF_TOKEN", "hf_x")
+        found = at_home("--push_to_hub")
     if message is None:
         assert found == []
     else:

@@ -242,7 +242,7 @@ def _uploads(recipe: Recipe) -> Iterator[InputError]:
     from huggingface_hub import get_token
 
     instead = "write push_to_hub: false" if key == "push_to_hub" else "leave it out"
-    token = recipe.get("hub_token") or get_token()
+    token = get_token()
     if not token:
         yield InputError(f"no hub token here; run 'hf auth login', or {instead}", key=key)
         return

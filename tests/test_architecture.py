@@ -30,6 +30,7 @@ ORDER = [
     "model",
     "manifest",
     "rollouts",
+    "lock",
     "run",
     "tables",
     "data",

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,14 +94,28 @@ def train_here(recipe: "Recipe") -> None:
 
     What is cheap to check is checked before the slow imports, and before CUDA counts the GPUs.
     """
+    from mini_r1.launch.machine import end_with_launcher, is_main_process, num_processes
+    from mini_r1.launch.plan import check_processes
+    from mini_r1.lock import FolderLock
+
+    check_processes(recipe, num_processes())
+    end_with_launcher()
+    try:
+        with FolderLock(recipe.run_dir) if is_main_process() else nullcontext():
+            _train(recipe)
+    except InputError as error:
+        raise recipe.place(error) from error
+
+
+def _train(recipe: "Recipe") -> None:
+    """Train in a folder that is held."""
     from mini_r1 import quirks
     from mini_r1.launch.doctor import first_problem
-    from mini_r1.launch.machine import is_main_process, num_processes
-    from mini_r1.launch.plan import check_processes, owns_server
+    from mini_r1.launch.machine import is_main_process
+    from mini_r1.launch.plan import owns_server
     from mini_r1.launch.vllm_server import take_last_gpu
     from mini_r1.run import TRACKER_FOLDERS, withdraw_stop
 
-    check_processes(recipe, num_processes())
     if is_main_process():
         first_problem(recipe)
         withdraw_stop(recipe.run_dir)  # of an earlier attempt; from here on one is meant for this
@@ -113,10 +128,7 @@ def train_here(recipe: "Recipe") -> None:
         server_gpu = take_last_gpu()
     from mini_r1.train import run
 
-    try:
-        run(recipe, server_gpu)
-    except InputError as error:
-        raise recipe.place(error) from error
+    run(recipe, server_gpu)
 
 
 # ---- Commands -------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from typing import Any, NotRequired, TypedDict
 import yaml
 
 from mini_r1 import InputError
+from mini_r1.lock import LOCK_FILE, holder, in_use
 from mini_r1.manifest import ModelRecord, RunManifest
 from mini_r1.model import EMBEDDED_BASES, is_local, model_path
 from mini_r1.model_files import is_model
@@ -340,6 +341,9 @@ def folder_problems(recipe: Recipe) -> Iterator[InputError]:
     """Whether the folder can be written, and holds nothing but earlier steps of this very run."""
     run_dir = recipe.run_dir
     ancestor = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if who := holder(run_dir):
+        yield InputError(in_use(run_dir, who), key="output_dir")
+        return
     try:
         tempfile.TemporaryFile(dir=ancestor).close()
     except OSError as error:
@@ -350,7 +354,7 @@ def folder_problems(recipe: Recipe) -> Iterator[InputError]:
         )
         return
     # A server that did not start leaves its log, a start that was killed a merged model.
-    left_over = {LOGS_FOLDER, MERGED_FOLDER}
+    left_over = {LOGS_FOLDER, MERGED_FOLDER, LOCK_FILE}
     if ancestor != run_dir or {path.name for path in run_dir.iterdir()} <= left_over:
         return
     try:

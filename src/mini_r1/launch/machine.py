@@ -4,15 +4,19 @@ GPUs are counted as CUDA counts them. A launch is known by all the variables tha
 torchrun set: some of them lie about in the environments of containers and clusters.
 """
 
+import ctypes
 import os
 import re
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mini_r1 import InputError
 
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # What accelerate's PartialState takes for a launch, each by itself: the largest harmless value.
 TAKEN_FOR_A_LAUNCH = {
     "LOCAL_RANK": -1,
@@ -149,6 +153,15 @@ def is_main_process() -> bool:
 def num_processes() -> int:
     """How many processes the launch has started; 1 without a launch."""
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def end_with_launcher() -> None:
+    """Have this process of a launch told to save and stop when its launcher dies, even of kill -9.
+
+    Else it would go on unseen, and be in the way of the next attempt. Linux only.
+    """
+    if launched() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def leftover_variables() -> Iterator[InputError]:

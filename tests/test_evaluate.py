@@ -152,6 +152,17 @@ def test_samples_from_the_whole_distribution(base):
     assert len(set(written)) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_model_without_probabilities_is_told(base, value, temperature):
+    model, tokenizer = base
+    broken = copy.deepcopy(model)
+    broken.lm_head.register_forward_hook(lambda module, inputs, output: output * 0 + value)
+    task = replace(TASK, eval_temperature=temperature)
+    with pytest.raises(RunFailed, match=r"^the model gives NaN or infinity in place of prob.*e$"):
+        sample_batches(broken, tokenizer, [Puzzle((1, 2), 3)], task, max_completion_length=2)
+
+
 def test_the_temperature_reaches_the_sampling(base):
     task = replace(TASK, eval_temperature=0.3)
     assert sampling(*base, task, 1).temperature == 0.3

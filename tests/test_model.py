@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -65,6 +66,19 @@ def test_the_embedded_base_loads_with_plain_auto_classes():
         [{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True
     )
     assert chat == "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
+    shutil.copytree(model_path("tiny_base"), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    name = sorted(weights)[3]
+    weights[name].view(-1)[5] = value
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(InputError) as caught:
+        load_model(str(tmp_path / "model"))
+    assert f"model' cannot be used: its weight {name} holds NaN or infinity; " in str(caught.value)
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])

@@ -1,6 +1,6 @@
 """Each quirk is still needed: a test here that fails says that its function can go."""
 
-import importlib
+import importlib.util
 import inspect
 import logging
 import re
@@ -160,6 +160,16 @@ def test_trl_sends_its_running_means_along_with_whatever_is_logged(trainer):
         log({"eval_success": 0.5})
         assert ("reward" in trainer.state.log_history[-1]) is forgets
         assert (trainer._metrics["train"] == {}) is forgets
+
+
+def test_zero_3_keeps_a_weight_elsewhere():
+    folder = Path(importlib.util.find_spec("deepspeed").origin).parent
+    source = (folder / "runtime" / "zero" / "partition_parameters.py").read_text(encoding="utf-8")
+    assert "param.ds_tensor = " in source
+    weight = torch.nn.Parameter(torch.ones(2))
+    assert quirks.own_part(weight).tolist() == [1.0, 1.0]
+    weight.ds_tensor = torch.zeros(1)
+    assert quirks.own_part(weight).tolist() == [0.0]
 
 
 def test_handlers_without_a_name_are_found_through_their_loggers_only():

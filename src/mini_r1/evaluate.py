@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.generation import LogitsProcessor, LogitsProcessorList
 
 from mini_r1 import InputError, RunFailed, quirks
 from mini_r1.behaviors import behavior, summarize_behaviors
@@ -188,7 +189,8 @@ def sample_batches(
 
     Raises:
         InputError: this model cannot be asked so.
-        RunFailed: the success reward returned something else than 0 to 1.
+        RunFailed: the success reward returned something else than 0 to 1, or the model has NaN or
+            infinity where probabilities belong.
     """
     # What all batches share.
     num_samples, rows = task.num_eval_samples, [row_columns(item, columns) for item in puzzles]
@@ -197,6 +199,7 @@ def sample_batches(
     per_batch = max(1, EVALUATION_BATCH // num_samples)  # puzzles
     stops = stop_ids(model, tokenizer)
     generation = sampling(model, tokenizer, task, max_completion_length, num_samples)
+    logits = FiniteLogits()
     # Leave the training as it was: its mode, and its random state.
     was_training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
@@ -215,7 +218,7 @@ def sample_batches(
             prompts = [render(rows[place]) for place in places]
             inputs = tokenize(tokenizer, prompts).to(model.device)
             sequences = model.generate(  # ty: ignore[not-callable]  (GenerationMixin's)
-                **inputs, generation_config=generation
+                **inputs, generation_config=generation, logits_processor=logits.as_list()
             )
 
             # Judge: [batch * num_samples, completion].
@@ -238,6 +241,7 @@ def sample_batches(
                 batches.append((index, [Sample(*each) for each in columns_of_samples]))
                 on_batch(len(completions))
     model.train(was_training)
+    logits.check()
     return batches
 
 
@@ -471,6 +475,37 @@ def sampling(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=sorted(stop_ids(model, tokenizer)),
     )
+
+
+class FiniteLogits(LogitsProcessor):
+    """Lets sampling go on where a model's logits are NaN or infinite, and remembers them.
+
+    torch would end it with an error of its own, on a GPU with all else that was under way.
+    """
+
+    def __init__(self):
+        self._broken: Any = False
+
+    def as_list(self) -> LogitsProcessorList:
+        """As `generate` takes it."""
+        return LogitsProcessorList([self])
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        broken = ~scores.logsumexp(-1, keepdim=True).isfinite()  # [batch, 1]
+        self._broken = broken.any() | self._broken  # not looked at yet: a GPU would have to wait
+        return scores.masked_fill(broken, 0.0)
+
+    def check(self) -> None:
+        """Whether all of them were finite.
+
+        Raises:
+            RunFailed: they were not; what was sampled means nothing.
+        """
+        if self._broken:
+            raise RunFailed(
+                "the model gives NaN or infinity in place of probabilities; take one of an earlier "
+                "checkpoint, or another dtype"
+            )
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

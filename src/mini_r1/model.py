@@ -19,6 +19,7 @@ from mini_r1.model_files import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED_BASES = ("tiny_base", "tiny_base_hard")  # folders of bases/; bases.cold_start makes them
@@ -183,6 +184,7 @@ def load_model(name: str, revision: str | None = None) -> "PreTrainedModel":
     import torch
 
     model = _load(name, revision)
+    check_finite(name, not_finite(model))
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
@@ -199,6 +201,26 @@ def load_merged(name: str, revision: str | None = None) -> "PreTrainedModel | No
     model = _merged(_load(name, revision))
     settle_generation(model)
     return model
+
+
+def not_finite(model: "nn.Module") -> str | None:
+    """The first weight with NaN or infinity in it; of a sharded one, in this process's part."""
+    weights = ((name, quirks.own_part(weight)) for name, weight in model.named_parameters())
+    return next((name for name, weight in weights if not weight.isfinite().all()), None)
+
+
+def check_finite(name: str, weight: str | None) -> None:
+    """Refuse a model of which `not_finite` names a weight.
+
+    Raises:
+        InputError: it does.
+    """
+    if weight is not None:
+        raise InputError(
+            f"'{name}' cannot be used: its weight {weight} holds NaN or infinity; take a model, or "
+            "a checkpoint, from before that",
+            key="model_name_or_path",
+        )
 
 
 def find_adapter(name: str, revision: str | None = None) -> Path | None:

@@ -25,7 +25,7 @@ from mini_r1.countdown.expression import ExpressionError, parse
 from mini_r1.countdown.puzzles import Puzzle, PuzzleSpace
 from mini_r1.countdown.solver import check_numbers, solve
 from mini_r1.data import load_split, row_columns
-from mini_r1.evaluate import sampling, success_of, success_reward, tokenize
+from mini_r1.evaluate import FiniteLogits, sampling, success_of, success_reward, tokenize
 from mini_r1.model import load_model, load_tokenizer, model_path
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TaskConfig
@@ -168,12 +168,16 @@ def think(
     model = load_model(weights)
     inputs = tokenize(tokenizer, [render(columns)])
     generation = sampling(model, tokenizer, task, max_completion_length)
-    stream = TextStream(tokenizer, write)
+    stream, logits = TextStream(tokenizer, write), FiniteLogits()
     torch.manual_seed(seed)
     with torch.inference_mode():
         model.generate(  # ty: ignore[not-callable]  (GenerationMixin's)
-            **inputs.to(model.device), generation_config=generation, streamer=stream
+            **inputs.to(model.device),
+            generation_config=generation,
+            logits_processor=logits.as_list(),
+            streamer=stream,
         )
+    logits.check()
     return stream.text
 
 

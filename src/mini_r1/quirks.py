@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from torch.utils.tensorboard import SummaryWriter
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -132,6 +133,14 @@ def log_plainly(trainer: "GRPOTrainer", logs: dict[str, float]) -> None:
     from transformers import Trainer
 
     Trainer.log(trainer, logs)
+
+
+def own_part(weight: "torch.Tensor") -> "torch.Tensor":
+    """A weight, or what this process has of it under ZeRO-3.
+
+    DeepSpeed 0.19.8 leaves the parameter itself empty and keeps the shard in an attribute.
+    """
+    return getattr(weight, "ds_tensor", weight).detach()
 
 
 def stream_handlers() -> Iterator[logging.StreamHandler]:

@@ -41,6 +41,7 @@ ORDER = [
     "launch.doctor",
     "launch.slurm",
     "callbacks",
+    "health",
     "live",
     "start",
     "evaluate",

@@ -15,6 +15,7 @@ from statistics import fmean
 import nbformat
 import pytest
 
+from mini_r1 import FAILED
 from mini_r1.bases.cold_start import COLD_STARTS
 from mini_r1.bases.search import tries
 from mini_r1.catalog import recipe_table
@@ -51,6 +52,7 @@ NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e-\d+)?")
 OF_A_RUN = re.compile(
     r"runs/|eval/|samples/|tensorboard/|checkpoint-|config\.json|model\.safetensors|report\.html"
     r"|summary\.json|trainer_state\.json|manifest\.json|recipe\.yaml|logs/vllm\.log"
+    r"|failed-batch\.json"
 )
 LOGGED = {metric.key for metric in METRICS.values()} | {LOGP_DIFFERENCE}
 
@@ -420,6 +422,7 @@ def of_guide():
     text = "exits with 0, 1 (failed) or 2 (bad input"
     yield quoted(text, SRC / "cli.py", "Exit codes: 0 done, 1 failed, 2 bad input")
     yield quoted("Ctrl-C ends it with 130", SRC / "cli.py", "130 ended by Ctrl-C")
+    yield computed("with exit code {} and one line", FAILED)
     text = "A recipe written for TRL 0.14 is refused"
     yield quoted(text, SRC / "recipe.py", "written for TRL 0.14, this is")
 

@@ -15,7 +15,13 @@ from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from mini_r1 import quirks
@@ -160,6 +166,26 @@ def test_trl_sends_its_running_means_along_with_whatever_is_logged(trainer):
         log({"eval_success": 0.5})
         assert ("reward" in trainer.state.log_history[-1]) is forgets
         assert (trainer._metrics["train"] == {}) is forgets
+
+
+def test_callbacks_get_neither_loss_nor_batch_nor_the_norm_of_the_gradient(trainer):
+    class Callback(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.update(kwargs)
+
+    seen, losses, norms = {}, [], []
+    trainer.args.max_steps, trainer.args.save_strategy = 1, "no"
+    trainer.generation_config.max_new_tokens = 4
+    trainer.reward_funcs = [lambda completions, **columns: [0.0] * len(completions)]
+    trainer.add_callback(Callback())
+    quirks.watch_step(trainer, lambda loss, inputs: losses.append((loss, inputs)), norms.append)
+    trainer.train()
+    ((loss, inputs),), (norm,) = losses, norms
+    assert loss.shape == norm.shape == ()
+    assert len(inputs["advantages"]) == 8
+    assert seen
+    given = [value for value in seen.values() if isinstance(value, float | dict | torch.Tensor)]
+    assert given == []
 
 
 def test_zero_3_keeps_a_weight_elsewhere():

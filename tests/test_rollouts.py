@@ -35,7 +35,9 @@ def feed(recorder, step, main=True, log_metric=lambda name, value: None):
     state = SimpleNamespace(global_step=step - 1, is_world_process_zero=main)
     for function in recorder.watch(get_reward_functions(["format", "equation"])):
         scores = function(
+            prompts=[f"puzzle {index // 4}" for index in range(200)],
             completions=COMPLETIONS,
+            completion_ids=[[1]] * 200,
             target=[3] * 200,
             nums=[[1, 2]] * 200,
             trainer_state=state,
@@ -95,7 +97,9 @@ def observed(folder, *functions, completions=TWO, main=True):
     assert [each.__name__ for each in watched] == [reward.name for reward in rewards]
     many = len(completions)
     columns = {
+        "prompts": ["x"] * many,
         "completions": completions,
+        "completion_ids": [[1]] * many,
         "nums": [[1, 2]] * many,
         "target": [3] * many,
         "trainer_state": SimpleNamespace(global_step=4, is_world_process_zero=main),
@@ -174,11 +178,13 @@ BAD = {
 
 @pytest.mark.parametrize("mistake", BAD)
 @pytest.mark.parametrize("main", [True, False])
-def test_anything_else_ends_the_run_with_one_line(tmp_path, mistake, main):
+def test_anything_else_is_a_fault_told_in_one_line(tmp_path, mistake, main):
     returned, said = BAD[mistake]
-    with pytest.raises(RunFailed) as caught:
-        observed(tmp_path, lambda **columns: [0.0, 0.0], lambda **columns: returned, main=main)
-    text = str(caught.value)
+    functions = (lambda **columns: [0.0, 0.0], lambda **columns: returned)
+    scores, recorder = observed(tmp_path, *functions, main=main)
+    assert scores == [[0.0, 0.0], [None, None]]
+    assert [rewards for _, _, rewards in recorder.scored] == [{"reward_0": 0, "reward_1": None}] * 2
+    text = str(recorder.fault)
     assert f"the reward my_task.reward_1 returned, in step 5, {said}" in text
     assert text.isprintable()
     assert len(text) < 400
@@ -353,7 +359,9 @@ def test_without_a_reward_for_success_none_is_told(tmp_path):
     reward = RewardFunction("a", "a", (), lambda completions, **columns: [1.0] * 100)
     (function,) = recorder.watch([reward])
     function(
+        prompts=["no"] * 100,
         completions=["x"] * 100,
+        completion_ids=[[1]] * 100,
         words=["a"] * 100,
         trainer_state=SimpleNamespace(global_step=4, is_world_process_zero=True),
         log_metric=lambda *metric: logged.append(metric),

@@ -33,6 +33,15 @@ SAMPLE_TEXTS = 20  # per run, in TensorBoard
 SAVING = "saving after {} step; Ctrl-C again to stop now"
 
 
+def anywhere(here: bool, device: Any) -> bool:
+    """Whether something holds on any of the ranks; all of them must ask."""
+    if not torch.distributed.is_initialized():
+        return here
+    answer = torch.tensor(float(here), device=device)
+    torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
+    return bool(answer.item())
+
+
 class TensorBoard(TensorBoardCallback):
     """The libraries' TensorBoard log, with the recipe as hyper-parameters and twenty sample texts.
 
@@ -223,10 +232,7 @@ class PauseOnRequest(TrainerCallback):
         requested = self._requested or (
             state.is_world_process_zero and stop_requested(self._run_dir)
         )
-        if torch.distributed.is_initialized():
-            anywhere = torch.tensor(float(requested), device=args.device)
-            torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
-            requested = bool(anywhere.item())
+        requested = anywhere(requested, args.device)
         window = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
         whole = window < 1 or state.global_step % window == 0
         if requested and whole and state.global_step < state.max_steps:

@@ -8,7 +8,7 @@ goes. Imports are late, since most of these libraries are slow to import.
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -133,6 +133,31 @@ def log_plainly(trainer: "GRPOTrainer", logs: dict[str, float]) -> None:
     from transformers import Trainer
 
     Trainer.log(trainer, logs)
+
+
+def watch_step(
+    trainer: "GRPOTrainer",
+    on_loss: Callable[["torch.Tensor", Mapping[str, Any]], None],
+    on_norm: Callable[[Any], None],
+) -> None:
+    """Hand over each micro-batch's loss with its inputs, and the norm of each step's gradient.
+
+    transformers 5.17 gives callbacks none of them, replaces a loss of NaN by earlier ones, and logs
+    the norm only where logging_steps says so. accelerate 1.15 has it from DeepSpeed, too.
+    """
+    compute_loss, clip = trainer.compute_loss, trainer.accelerator.clip_grad_norm_
+
+    def compute(model, inputs, *args, **kwargs):
+        loss = compute_loss(model, inputs, *args, **kwargs)
+        on_loss(loss, inputs)
+        return loss
+
+    def clip_and_note(*args, **kwargs):
+        norm = clip(*args, **kwargs)
+        on_norm(norm)
+        return norm
+
+    trainer.compute_loss, trainer.accelerator.clip_grad_norm_ = compute, clip_and_note
 
 
 def own_part(weight: "torch.Tensor") -> "torch.Tensor":

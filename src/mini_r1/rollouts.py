@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mini_r1 import one_line
+from mini_r1 import RunFailed, one_line
 from mini_r1.behaviors import behavior, summarize_behaviors
 from mini_r1.completion import THINK_OPEN
 from mini_r1.countdown.puzzles import uniform_hash
@@ -78,6 +78,9 @@ class RolloutRecorder:
 
     Attributes:
         latest: a fresh completion, on the main process.
+        fault: what a reward must not return, and did. Not raised, for then the other ranks would
+            wait for this one's rewards for ever; whoever ends the run must look.
+        scored: of the newest generation on this rank: the prompt, the completion's tokens, rewards.
     """
 
     def __init__(self, folder: Path, task: TaskConfig | None = None):
@@ -85,6 +88,8 @@ class RolloutRecorder:
         self._task = task or TaskConfig()
         self._judge: str | None = None
         self.latest: Rollout | None = None
+        self.fault: RunFailed | None = None
+        self.scored: list[tuple[str, list[int], dict[str, float | None]]] = []
         self._names: list[str] = []
         self._scores: dict[str, list[float | None]] = {}
         self._told_unscored = False
@@ -92,7 +97,7 @@ class RolloutRecorder:
     def watch(self, rewards: Sequence[RewardFunction]) -> list[Callable[..., Any]]:
         """The same rewards as functions of those names, observed.
 
-        They return plain numbers; what a reward must not return ends the run: `RunFailed`.
+        They return plain numbers; None in place of what a reward must not return, see `fault`.
         """
         self._names = [reward.name for reward in rewards]
         judges = (each.name for each in rewards if each.path == self._task.success_reward)
@@ -117,11 +122,20 @@ class RolloutRecorder:
     def _note(
         self, reward: RewardFunction, returned: Any, columns: dict[str, Any]
     ) -> list[float | None]:
-        scores = reward.scores(returned, columns["completions"], _step(columns))
+        completions = columns["completions"]
+        scores: list[float | None] = [None] * len(completions)
+        try:
+            scores = reward.scores(returned, completions, _step(columns))
+        except RunFailed as fault:
+            self.fault = self.fault or fault
         self._scores[reward.name] = scores
         if len(self._scores) == len(self._names):
+            rows = zip(*(self._scores[name] for name in self._names), strict=True)
+            rewards = (dict(zip(self._names, row, strict=True)) for row in rows)
+            asked = columns["prompts"], columns["completion_ids"]
+            self.scored = list(zip(*asked, rewards, strict=True))
             self._log(columns)
-            if columns["trainer_state"].is_world_process_zero:
+            if columns["trainer_state"].is_world_process_zero and self.fault is None:
                 self._tell_unscored(_step(columns))
                 rollouts = self._rollouts(columns)
                 self.latest = rollouts[0]
@@ -130,13 +144,12 @@ class RolloutRecorder:
         return scores
 
     def _tell_unscored(self, step: int) -> None:
-        rows = list(zip(*self._scores.values(), strict=True))
-        unscored = sum(set(row) == {None} for row in rows)
+        unscored = sum(set(rewards.values()) == {None} for _, _, rewards in self.scored)
         if unscored and not self._told_unscored:
             self._told_unscored = True
             print(
-                f"step {step}: every reward was None for {unscored} of {len(rows)} completions; "
-                "nothing is learned from such ones, and this is not said again",
+                f"step {step}: every reward was None for {unscored} of {len(self.scored)} "
+                "completions; nothing is learned from such ones, and this is not said again",
                 flush=True,
             )
 
@@ -159,7 +172,7 @@ class RolloutRecorder:
             asked = sorted(PUZZLE)
         rollouts = []
         for index, text in enumerate(texts):
-            rewards = {name: self._scores[name][index] for name in self._names}
+            rewards = self.scored[index][2]
             row = {name: columns[name][index] for name in asked}
             rollouts.append(Rollout(_step(columns), row, rewards, text, self._judge))
         return rollouts

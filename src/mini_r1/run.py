@@ -11,6 +11,7 @@
       trainer_state.json    every logged scalar
       summary.json          there once the run has finished
       report.html
+      failed-batch.json     what a step was made of that ended the run with NaN or infinity
       STOP                  asks the run to save and stop
       PAUSED                it did, after this step
 
@@ -43,6 +44,7 @@ SUMMARY_FILE = "summary.json"
 STATE_FILE = "trainer_state.json"
 REPORT_FILE = "report.html"
 EVAL_FOLDER, SAMPLES_FOLDER, LOGS_FOLDER = "eval", "samples", "logs"
+FAILED_BATCH_FILE = "failed-batch.json"
 MERGED_FOLDER = "start"  # the adapter that a run starts from, merged, until it is loaded
 BEFORE, AFTER = "before", "after"  # the first and the last evaluation
 # Written into a checkpoint once every rank has finished its part: without it a kill tore it.
@@ -306,6 +308,14 @@ def paused_step(run_dir: Path) -> int | None:
 def unmark_paused(run_dir: Path) -> None:
     """The run goes on."""
     (run_dir / PAUSED_MARKER).unlink(missing_ok=True)
+
+
+def failed_step(run_dir: Path) -> int | None:
+    """The step whose batch an earlier attempt kept, since it ended there; None if there is none."""
+    try:
+        return _json(run_dir / FAILED_BATCH_FILE)["step"]
+    except OSError:
+        return None
 
 
 def finished_summary(recipe: Recipe) -> Summary | None:

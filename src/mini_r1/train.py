@@ -38,7 +38,7 @@ from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 from trl.models.utils import unwrap_model_for_generation
 
-from mini_r1 import InputError, one_line, quirks
+from mini_r1 import InputError, RunFailed, one_line, quirks
 from mini_r1.callbacks import (
     CheckpointMarker,
     CheckpointSigner,
@@ -51,12 +51,20 @@ from mini_r1.callbacks import (
 )
 from mini_r1.data import Split, load_split, prompt_dataset
 from mini_r1.evaluate import heldout_puzzles, progress_bar, sample_batches, summarize
+from mini_r1.health import FiniteNumbers, end_all
 from mini_r1.launch.machine import is_main_process
 from mini_r1.launch.plan import SERVER_HOST, owns_server
 from mini_r1.launch.vllm_server import VLLMServer
 from mini_r1.live import LiveView
 from mini_r1.manifest import DataRecord, build_manifest
-from mini_r1.model import load_tokenizer, model_error, model_path, settle_generation
+from mini_r1.model import (
+    check_finite,
+    load_tokenizer,
+    model_error,
+    model_path,
+    not_finite,
+    settle_generation,
+)
 from mini_r1.recipe import Recipe
 from mini_r1.report.page import write_report
 from mini_r1.rewards import get_reward_functions
@@ -132,6 +140,8 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     start.write(args)
     trainer = _build_trainer(recipe, model_args, args, dataset, tokenizer, recorder, start.folder)
     start.loaded(trainer)
+    wrong = not_finite(cast(PreTrainedModel, trainer.model))  # in this rank's part
+    check_finite(start.weights, next(filter(None, gather_object([wrong])), None))
 
     # The run folder: new, or as the last complete checkpoint left it.
     is_main = trainer.accelerator.is_main_process
@@ -156,6 +166,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
 
     clock, pause = TrainClock(), PauseOnRequest(run_dir)
     held_out = HeldOutEvaluation(eval_every, evaluate, partial(quirks.log_plainly, trainer))
+    trainer.add_callback(FiniteNumbers(trainer, tokenizer, recorder, run_dir))
     if trainer.pop_callback(TensorBoardCallback):
         trainer.add_callback(TensorBoard(recipe.as_dict(), recorder))
     live = LiveView(run_dir.name, clock, recorder)
@@ -371,19 +382,26 @@ def _evaluate(
         accelerator,
         gradient_checkpointing_kwargs=recipe.get("gradient_checkpointing_kwargs"),
     )
+    batches, failure = [], None
     with bar as on_batch, unwrapped as model:
-        batches = sample_batches(
-            model,
-            tokenizer,
-            puzzles,
-            task,
-            max_completion_length=max_completion_length,
-            chat_template_kwargs=recipe.get("chat_template_kwargs"),
-            columns=split.columns,
-            process=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            on_batch=on_batch,
-        )
+        try:
+            batches = sample_batches(
+                model,
+                tokenizer,
+                puzzles,
+                task,
+                max_completion_length=max_completion_length,
+                chat_template_kwargs=recipe.get("chat_template_kwargs"),
+                columns=split.columns,
+                process=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+                on_batch=on_batch,
+            )
+        except RunFailed as error:
+            failure = str(error)
+    failures = list(filter(None, gather_object([failure])))
+    if failures:
+        end_all(accelerator, f"evaluation {file.stem}: {failures[0]}")
 
     # All of them put together, in the order of the puzzles.
     ordered = sorted(gather_object(batches), key=itemgetter(0))

@@ -123,6 +123,40 @@ def test_lora_under_zero3(tmp_path):
     assert_adapters_were_trained(tmp_path / "run")
 
 
+ONE_RANK = """
+import os
+def on_rank_1(completions, trainer_state, **columns):
+    wrong = os.environ["RANK"] == "1" and trainer_state.global_step == 1
+    return [1.0, float("nan" if wrong else 0.5), *[0.0] * (len(completions) - 2)]
+"""
+
+
+@pytest.mark.parametrize("launcher", ["ddp", "zero3"])
+def test_a_nan_on_one_rank_ends_all_at_the_same_step(tmp_path, launcher):
+    (tmp_path / "one_rank.py").write_text(ONE_RANK)
+    reward = f"{tmp_path / 'one_rank.py'}:on_rank_1"
+    options = {**SHORT, "per_device_train_batch_size": 16, "save_steps": 1}
+    options |= {"output_dir": tmp_path / "run", "reward_funcs": reward}
+    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    script = str(ROOT / "scripts" / "run_r1_grpo.py")
+    done = subprocess.run(
+        [*LAUNCHERS[launcher], script, "--config", str(RECIPE), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    (line,) = errors  # by the main process, of the other one's fault
+    assert "on_rank_1 returned, in step 2, nan for completion 2 of 16" in line
+    assert "checkpoint-1 is the newest checkpoint" in line
+    ended = done.stderr.count("exitcode  : 1 ")  # torch's launcher counts them
+    assert ended == 2, done.stderr[-3000:]
+    batch = json.loads((tmp_path / "run" / "failed-batch.json").read_text())
+    assert (batch["step"], batch["process"]) == (2, 1)
+    assert not (tmp_path / "run" / "checkpoint-2").exists()
+
+
 def test_ctrl_c_reaches_all_processes_and_nothing_else_is_said(tmp_path):
     """As `mini-r1 train` launches them on several GPUs."""
     code = (

@@ -23,14 +23,15 @@ from pathlib import Path
 import pyte
 import pytest
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mini_r1.evaluate import evaluate_model
-from mini_r1.model import load_model, load_tokenizer
+from mini_r1.model import load_model, load_tokenizer, model_path
 from mini_r1.rollouts import ALL_FILE, SOLVED_FILE, read_samples
 from mini_r1.run import (
     COMPLETE_MARKER,
+    FAILED_BATCH_FILE,
     MANIFEST_FILE,
     PAUSED_MARKER,
     RECIPE_FILE,
@@ -325,7 +326,66 @@ def test_a_reward_that_is_no_number_ends_the_run_with_one_line(own_task):
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "the reward my_task.broken returned, in step 3, nan for completion 1 of 64, '" in line
-    assert not (own_task / "runs" / "24" / SUMMARY_FILE).exists()
+    run_dir = own_task / "runs" / "24"
+    assert line.endswith(
+        "; checkpoint-2 is the newest checkpoint, the batch is kept in runs/24/failed-batch.json"
+    )
+    assert newest(run_dir) == 2
+    batch = json.loads((run_dir / FAILED_BATCH_FILE).read_text())
+    assert (batch["step"], len(batch["micro_batches"])) == (3, 2)
+    written = [each for batch in batch["micro_batches"] for each in batch["completions"]]
+    assert {frozenset(each["rewards"]) for each in written} == {
+        frozenset({"format_reward", "broken"})
+    }
+    assert {each["rewards"]["broken"] for each in written} == {None}
+
+    # The reward mended: the same command goes on from the last good checkpoint.
+    own = own_task / "my_task.py"
+    own.write_text(own.read_text().replace('"nan" if', '"1" if'))
+    done = train_own(own_task, "format", "my_task.broken")
+    assert done.returncode == 0, done.stderr
+    assert "resuming from runs/24/checkpoint-2" in done.stdout
+    assert not (run_dir / FAILED_BATCH_FILE).exists()
+    assert newest(run_dir) == 4
+
+
+def newest(run_dir):
+    """The step of the newest checkpoint; all of them are complete, and hold numbers only."""
+    steps = []
+    for folder in run_dir.glob("checkpoint-*"):
+        assert (folder / COMPLETE_MARKER).exists()
+        weights = load_file(folder / "model.safetensors")
+        assert all(weight.isfinite().all() for weight in weights.values())
+        steps.append(int(folder.name.rpartition("-")[2]))
+    return max(steps, default=None)
+
+
+def test_a_learning_rate_far_too_high_ends_the_run_before_nan_is_saved(tmp_path):
+    changes = {"save_steps": 1, "steps_per_generation": 2, "num_eval_puzzles": 2}
+    again = ""
+    for _ in range(2):
+        done = train(tmp_path / "run", learning_rate=1e3, **changes)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        step = int(re.search(r" became nan in step (\d+), with learning_rate 1000 and ", line)[1])
+        kept = f"checkpoint-{step - 1} is the newest checkpoint{again}, the batch is kept in "
+        assert kept in line
+        assert newest(tmp_path / "run") == step - 1
+        again = " (if this comes again, remove it: it leads here)"
+
+
+def test_weights_that_are_nan_from_the_start_are_refused(tmp_path):
+    base = shutil.copytree(model_path("tiny_base"), tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    done = train(tmp_path / "run", model_name_or_path=base)
+    assert done.returncode == 2
+    said = f"error: --model_name_or_path: '{base}' cannot be used: its weight model.norm.weight "
+    assert done.stderr.splitlines()[-1].startswith(f"{said}holds NaN or infinity; ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / RECIPE_FILE).exists()
 
 
 def test_lora_dtype_and_scheduled_evaluation(tmp_path):

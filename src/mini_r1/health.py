@@ -1,0 +1,192 @@
+"""Numbers gone wrong: what ends a run before it is saved.
+
+NaN and infinity are met at the end of the step that made them, before its line in the log, its
+evaluation and its checkpoint: the newest checkpoint stays the last good one. What is left out: to
+mend anything, or to skip a batch; a run is what its recipe says, or ends.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NoReturn
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import GRPOTrainer
+
+from mini_r1 import FAILED, RunFailed, quirks
+from mini_r1.callbacks import anywhere
+from mini_r1.model import not_finite
+from mini_r1.rollouts import RolloutRecorder
+from mini_r1.run import (
+    FAILED_BATCH_FILE,
+    failed_step,
+    last_complete_checkpoint,
+    write_json,
+)
+
+
+def end_all(accelerator: Accelerator, problem: str) -> NoReturn:
+    """End a run that failed; every process must call this.
+
+    Raises:
+        RunFailed: on the main process, which tells what the problem is.
+        SystemExit: on the others.
+    """
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        raise RunFailed(problem)
+    raise SystemExit(FAILED)
+
+
+class FiniteNumbers(TrainerCallback):
+    """Ends the run, on all ranks after the same step, when a number is NaN or infinite.
+
+    Looks at what the rewards returned, the loss of each micro-batch, the norm of the gradient and
+    the weights: one pass over the weights and two small collectives in a step, far below 1 % of it.
+    To be called first, so that nothing else sees such a step; see `end_all` for what it raises.
+
+    With fp16 a loss scale that is still sought makes gradients overflow; such steps are skipped by
+    the libraries, and count only once it has sunk below 1.
+    """
+
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        tokenizer: PreTrainedTokenizerBase,
+        recorder: RolloutRecorder,
+        run_dir: Path,
+    ):
+        self._accelerator, self._tokenizer = trainer.accelerator, tokenizer
+        self._recorder, self._run_dir = recorder, run_dir
+        # Of the step under way; on the device, until it has ended.
+        self._batches: list[tuple[Any, Mapping[str, Any]]] = []
+        self._norm: Any = 0.0
+        quirks.watch_step(trainer, self._note_loss, self._note_norm)
+        if not trainer.use_vllm:
+            # Else torch ends a sampling from NaN, on this rank alone; the loss tells of it, too.
+            trainer.generation_config.remove_invalid_values = True
+
+    def _note_loss(self, loss: torch.Tensor, inputs: Mapping[str, Any]) -> None:
+        self._batches.append((loss.detach(), inputs))
+
+    def _note_norm(self, norm: Any) -> None:
+        self._norm = 0.0 if norm is None else norm  # DeepSpeed may have none yet
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._began = state.global_step
+        self._failed_step = failed_step(self._run_dir) if state.is_world_process_zero else None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        fault = self._fault(args, state.global_step, kwargs["model"])
+        if anywhere(fault is not None, args.device):
+            self._end(fault, args, state)
+        self._batches.clear()
+        if self._failed_step is not None and state.global_step >= self._failed_step:
+            (self._run_dir / FAILED_BATCH_FILE).unlink(missing_ok=True)
+            self._failed_step = None
+
+    def _fault(self, args: Any, step: int, model: torch.nn.Module) -> tuple[int, str] | None:
+        """What is wrong on this process, causes before effects; with its place in that order."""
+        if self._recorder.fault is not None:
+            return 0, str(self._recorder.fault)
+        losses, norm, largest = self._numbers(model)
+        said = (
+            f"in step {step}, with learning_rate {args.learning_rate:g} and max_grad_norm "
+            f"{args.max_grad_norm:g}; try a lower learning_rate, or dtype: float32, in a new "
+            "--output_dir"
+        )
+        wrong = [loss for loss in losses if not math.isfinite(loss)]
+        if wrong:
+            return 1, f"the loss became {wrong[0]} {said}"
+        if not (0 <= norm < math.inf or self._seeks_loss_scale()):  # DeepSpeed says -1, too
+            return 2, f"the norm of the gradient became {norm if norm >= 0 else math.nan} {said}"
+        if not math.isfinite(largest):
+            return 3, f"the weight {not_finite(model)} became NaN or infinite {said}"
+        return None
+
+    def _numbers(self, model: torch.nn.Module) -> tuple[list[float], float, float]:
+        """The losses, the norm and the largest weight, fetched from the device at once."""
+        weights = (quirks.own_part(each) for each in model.parameters() if each.requires_grad)
+        weights = [each for each in weights if each.numel()]
+        largest = torch.nn.utils.get_total_norm(weights, math.inf)
+        numbers = [*(loss for loss, _ in self._batches), self._norm, largest]
+        numbers = [torch.as_tensor(each, device=largest.device).float() for each in numbers]
+        *losses, norm, largest = torch.stack(numbers).tolist()
+        return losses, norm, largest
+
+    def _seeks_loss_scale(self) -> bool:
+        scaler = self._accelerator.scaler  # DeepSpeed has its own, which gives up by itself
+        found = scaler is not None and scaler.get_scale() < 1
+        return self._accelerator.mixed_precision == "fp16" and not found
+
+    def _end(self, fault: tuple[int, str] | None, args: Any, state: Any) -> None:
+        """Keep the batch of the process that knows the cause, and end all."""
+        file = self._run_dir / FAILED_BATCH_FILE
+        faults = enumerate(gather_object([fault]))
+        (order, problem), process = min((each, index) for index, each in faults if each is not None)
+        if process == args.process_index:
+            record = {
+                "step": state.global_step,
+                "process": process,
+                "problem": problem,
+                "learning_rate": args.learning_rate,
+                "max_grad_norm": args.max_grad_norm,
+                "gradient_norm": _plain(self._norm),
+                "micro_batches": [
+                    {"loss": _plain(loss), "completions": self._completions(inputs)}
+                    for loss, inputs in self._batches
+                ],
+            }
+            write_json(file, record)
+        self._accelerator.wait_for_everyone()  # it is written
+        newest = last_complete_checkpoint(self._run_dir)
+        kept = f"{newest.name} is the newest checkpoint" if newest else "there is no checkpoint yet"
+        if newest and order > 0 and state.global_step == self._began + 1:
+            kept += " (if this comes again, remove it: it leads here)"
+        end_all(self._accelerator, f"{problem}; {kept}, the batch is kept in {file}")
+
+    def _completions(self, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """A micro-batch for people: texts, rewards, and what each token was worth."""
+        tokenizer, mask = self._tokenizer, inputs["completion_mask"].bool()
+        scored = {
+            (tuple(tokenizer(prompt)["input_ids"]), tuple(ids)): rewards
+            for prompt, ids, rewards in self._recorder.scored
+        }
+        per_token = {  # log-probabilities when sampled and of the reference, where there are any
+            name: values
+            for name, values in inputs.items()
+            if torch.is_tensor(values) and values.is_floating_point() and values.shape == mask.shape
+        }
+        rows = []
+        for index, advantage in enumerate(inputs["advantages"].tolist()):
+            asked = inputs["prompt_ids"][index][inputs["prompt_mask"][index].bool()].tolist()
+            wrote = inputs["completion_ids"][index][mask[index]].tolist()
+            row = {
+                "prompt": tokenizer.decode(asked),
+                "completion": tokenizer.decode(wrote),
+                "tokens": len(wrote),
+                "rewards": scored.get((tuple(asked), tuple(wrote))),
+                "advantage": _plain(advantage),
+            }
+            rows.append(
+                row
+                | {name: _spread(values[index][mask[index]]) for name, values in per_token.items()}
+            )
+        return rows
+
+
+def _spread(values: torch.Tensor) -> dict[str, Any]:
+    """Some tokens' values in four numbers."""
+    finite = values[values.isfinite()].tolist()
+    spread = {"min": min(finite), "mean": fmean(finite), "max": max(finite)} if finite else {}
+    return {**spread, "not_finite": values.numel() - len(finite)}
+
+
+def _plain(number: Any) -> float | str:
+    """As JSON has it, which knows no NaN."""
+    value = float(number)
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,151 @@
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback, TrainerState
+from trl import GRPOConfig, GRPOTrainer
+
+from mini_r1 import RunFailed
+from mini_r1.health import FiniteNumbers
+from mini_r1.model import load_model, load_tokenizer
+from mini_r1.rewards import get_reward_functions
+from mini_r1.rollouts import RolloutRecorder
+from mini_r1.run import FAILED_BATCH_FILE
+
+PROMPT = "Make 3 using each of 1, 2 once.\n<think>"
+
+
+class Poison(TrainerCallback):
+    """Makes a number of step 2 wrong, where a callback can reach it."""
+
+    def __init__(self, what, value):
+        self.what, self.value = what, value
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1 and self.what == "weight before":
+            model.lm_head.weight.data[0] = self.value
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1 and self.what == "weight after":
+            model.model.norm.weight.data[0] = self.value
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Three steps of four completions: call it with callbacks and arguments."""
+
+    def run(*callbacks, **changes):
+        tokenizer, recorder = load_tokenizer("tiny_base"), RolloutRecorder(tmp_path / "samples")
+        given = {"max_steps": 3, "save_steps": 1, "seed": 1, "beta": 0.04, "learning_rate": 1e-4}
+        args = GRPOConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            disable_tqdm=True,
+            per_device_train_batch_size=4,
+            num_generations=2,
+            max_completion_length=12,
+            gradient_checkpointing=False,
+            **given | changes,
+        )
+        rows = [{"prompt": PROMPT, "nums": [1, 2], "target": 3}] * 4
+        trainer = GRPOTrainer(
+            load_model("tiny_base"),
+            recorder.watch(get_reward_functions(["format", "equation"])),
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        trainer.add_callback(FiniteNumbers(trainer, tokenizer, recorder, tmp_path))
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        trainer.train()
+        return trainer
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "value", "said"),
+    [
+        ("weight before", math.nan, "the loss became nan in step 2, with learning_rate 0.0001"),
+        ("weight before", 1e30, "the norm of the gradient became "),
+        ("weight after", math.inf, "the weight model.norm.weight became NaN or infinite in step 2"),
+    ],
+)
+def test_it_ends_before_the_step_is_logged_or_saved(train, tmp_path, what, value, said):
+    with pytest.raises(RunFailed) as caught:
+        train(Poison(what, value))
+    assert said in str(caught.value)
+    assert str(caught.value).count("\n") == 0
+    assert "max_grad_norm 1; try a lower learning_rate" in str(caught.value)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    kept = (tmp_path / FAILED_BATCH_FILE).read_text()
+    batch = json.loads(kept, parse_constant=pytest.fail)  # NaN is no JSON
+    assert batch["problem"] in str(caught.value)
+    (micro_batch,) = batch["micro_batches"]
+    assert [each["prompt"] for each in micro_batch["completions"]] == [PROMPT] * 4
+    for each in micro_batch["completions"]:
+        assert each["rewards"].keys() == {"format_reward", "equation_reward"}
+        assert each["tokens"] > 0
+
+
+class Numbers(FiniteNumbers):
+    """As it stands after a step with these numbers."""
+
+    def __init__(self, folder, losses=(0.5,), norm=1.0, precision="no", scale=None, fault=None):
+        self._batches = [(torch.tensor(loss), {}) for loss in losses]
+        self._norm, self._failed_step = norm, None
+        scaler = None if scale is None else SimpleNamespace(get_scale=lambda: scale)
+        self._accelerator = SimpleNamespace(mixed_precision=precision, scaler=scaler)
+        self._recorder, self._run_dir = SimpleNamespace(fault=fault), folder
+
+    def said(self, weight=1.0):
+        model = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(model.weight, weight)
+        return self._fault(SimpleNamespace(learning_rate=1e-6, max_grad_norm=0.2), 7, model)
+
+
+def test_what_is_wrong_is_named_causes_first(tmp_path):
+    inf, nan = math.inf, math.nan
+    assert Numbers(tmp_path).said() is None
+    assert Numbers(tmp_path, norm=torch.tensor(0.0)).said() is None
+    fault = RunFailed("the reward x returned")
+    assert Numbers(tmp_path, [nan], nan, fault=fault).said(nan) == (0, "the reward x returned")
+    for losses, norm, weight, order, said in [
+        ([0.1, inf], nan, nan, 1, "the loss became inf in step 7, with learning_rate 1e-06 and "),
+        ([0.1], inf, nan, 2, "the norm of the gradient became inf in step 7"),
+        ([0.1], torch.tensor(nan), 1.0, 2, "the norm of the gradient became nan in step 7"),
+        ([0.1], -1.0, 1.0, 2, "the norm of the gradient became nan"),  # DeepSpeed's way
+        ([0.1], 1.0, -inf, 3, "the weight weight became NaN or infinite in step 7"),
+    ]:
+        found, line = Numbers(tmp_path, losses, norm).said(weight)
+        assert found == order
+        assert line.startswith(said)
+
+
+def test_while_the_loss_scale_of_fp16_is_sought_overflows_are_no_fault(tmp_path):
+    assert Numbers(tmp_path, norm=math.inf, precision="fp16", scale=4096.0).said() is None
+    assert Numbers(tmp_path, norm=-1.0, precision="fp16").said() is None  # DeepSpeed gives up
+    assert Numbers(tmp_path, norm=math.inf, precision="fp16", scale=0.5).said()[0] == 2
+    assert Numbers(tmp_path, [math.nan], precision="fp16", scale=4096.0).said()[0] == 1
+
+
+def test_a_run_that_gets_beyond_the_step_drops_its_batch(tmp_path):
+    file = tmp_path / FAILED_BATCH_FILE
+    file.write_text('{"step": 3}')
+    numbers, args = (
+        Numbers(tmp_path),
+        SimpleNamespace(device="cpu", learning_rate=1, max_grad_norm=1),
+    )
+    state = TrainerState(global_step=2)
+    numbers.on_train_begin(args, state, None)
+    for step, there in ((2, True), (3, False), (4, False)):
+        state.global_step = step
+        numbers.on_step_end(args, state, None, model=torch.nn.Linear(1, 1))
+        assert file.exists() is there

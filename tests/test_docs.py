@@ -423,6 +423,7 @@ def of_guide():
     yield quoted(text, SRC / "cli.py", "Exit codes: 0 done, 1 failed, 2 bad input")
     yield quoted("Ctrl-C ends it with 130", SRC / "cli.py", "130 ended by Ctrl-C")
     yield computed("with exit code {} and one line", FAILED)
+    yield quoted("group apart for 20 steps", SRC / "health.py", "SILENT_STEPS = 20")
     text = "A recipe written for TRL 0.14 is refused"
     yield quoted(text, SRC / "recipe.py", "written for TRL 0.14, this is")
 

@@ -9,13 +9,16 @@ from transformers import TrainerCallback, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from mini_r1 import RunFailed
-from mini_r1.health import FiniteNumbers
+from mini_r1.health import FiniteNumbers, LearningSignal, diagnosis
 from mini_r1.model import load_model, load_tokenizer
 from mini_r1.rewards import get_reward_functions
 from mini_r1.rollouts import RolloutRecorder
 from mini_r1.run import FAILED_BATCH_FILE
 
 PROMPT = "Make 3 using each of 1, 2 once.\n<think>"
+
+
+# ---- NaN and infinity -----------------------------------------------------------------------
 
 
 class Poison(TrainerCallback):
@@ -149,3 +152,117 @@ def test_a_run_that_gets_beyond_the_step_drops_its_batch(tmp_path):
         state.global_step = step
         numbers.on_step_end(args, state, None, model=torch.nn.Linear(1, 1))
         assert file.exists() is there
+
+
+# ---- Nothing to learn from ------------------------------------------------------------------
+
+
+def logged(step, **changes):
+    """A step's line in the log: well-formed, wrong, and all alike."""
+    entry = {
+        "step": step,
+        "loss": 0.0,
+        "reward": 1.0,
+        "rewards/format_reward/mean": 1.0,
+        "rewards/equation_reward/mean": 0.0,
+        "completions/clipped_ratio": 0.0,
+        "frac_reward_zero_std": 1.0,
+        "same_text": 0.1,
+    }
+    return {key: value for key, value in (entry | changes).items() if value != "unknown"}
+
+
+ARGS = SimpleNamespace(max_completion_length=40, temperature=0.7)
+
+
+def lines(history, capsys, resumed_after=0, main=True):
+    """What is said, line by line, of a run that is resumed after so many lines of the log."""
+    state = TrainerState(is_world_process_zero=main, log_history=[])
+    signal = LearningSignal()
+    signal.on_train_begin(ARGS, state, None)
+    for index, entry in enumerate(history):
+        if index == resumed_after:
+            state.log_history = json.loads(json.dumps(state.log_history))
+            signal = LearningSignal()
+            signal.on_train_begin(ARGS, state, None)
+        state.log_history.append(entry)
+        signal.on_log(ARGS, state, None)
+    assert capsys.readouterr().out.splitlines() == [
+        entry["diagnosis"] for entry in state.log_history if main and "diagnosis" in entry
+    ]
+    return [
+        (entry["step"], entry["diagnosis"]) for entry in state.log_history if "diagnosis" in entry
+    ]
+
+
+@pytest.mark.parametrize("resumed_after", [0, 1, 12, 20, 22, 25])
+def test_it_is_said_once_after_twenty_steps_without_signal(capsys, resumed_after):
+    history = [logged(1), logged(2, frac_reward_zero_std=0.9)]
+    history += [logged(step) for step in range(3, 26)]
+    history.insert(10, {"step": 9, "eval_success": 0.5})
+    ((step, said),) = lines(history, capsys, resumed_after)
+    assert step == 22
+    assert said == (
+        "step 22: nothing was learned from rewards for 20 steps: 100% of the completions have an "
+        "answer, and a wrong one; take easier puzzles, a stronger base, or more num_generations"
+    )
+
+
+def test_no_word_while_there_is_signal_and_none_on_other_ranks(capsys):
+    every_tenth = [logged(step, frac_reward_zero_std=step % 10 > 0) for step in range(1, 60)]
+    assert lines(every_tenth, capsys) == []
+    assert len(lines([logged(step) for step in range(1, 60)], capsys, main=False)) == 1
+
+
+def test_steps_that_share_a_generation_share_its_signal(capsys):
+    def pair(step, **changes):
+        return [logged(step, **changes), {"step": step + 1, "loss": 0.0}]
+
+    history = pair(1, frac_reward_zero_std=0.5)
+    for step in range(3, 31, 2):
+        history += pair(step)
+    ((step, _),) = lines(history, capsys)
+    assert step == 22
+
+
+@pytest.mark.parametrize(
+    "alike", [{"reward": None, "frac_reward_zero_std": 0.0}, {"same_text": 1.0}]
+)
+def test_what_else_leaves_no_signal(capsys, alike):
+    history = [logged(step, **{"frac_reward_zero_std": 0.0, **alike}) for step in range(1, 21)]
+    assert len(lines(history, capsys)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "100% of the completions have an answer, and a wrong one; take easier puzzles"),
+        (
+            {"rewards/format_reward/mean": 0.04, "completions/clipped_ratio": 0.9},
+            "90% of the completions were cut at max_completion_length; raise it (40)",
+        ),
+        (
+            {"rewards/format_reward/mean": 0.03, "completions/clipped_ratio": 0.1},
+            "87% of the completions lack the form that the format reward wants; show it in",
+        ),
+        ({"rewards/equation_reward/mean": 0.98}, "98% of the completions are right already"),
+        (
+            {"same_text": 1.0},
+            "in 100% of the groups all completions are the same text; raise temperature (0.7)",
+        ),
+        ({"same_text": 1.0, "rewards/equation_reward/mean": 1.0}, "100% of the completions are ri"),
+        ({"reward": None}, "every reward was None; "),
+        (
+            {"rewards/format_reward/mean": None, "rewards/equation_reward/mean": "unknown"},
+            "the rewards gave all completions of a group the same (reward 1 on average); ",
+        ),
+        (
+            {"rewards/equation_reward/mean": "unknown", "success": 0.1},
+            "90% of the completions have an answer, and a wrong one",
+        ),
+    ],
+)
+def test_the_cause_that_explains_most_is_told(changes, said):
+    found = diagnosis([logged(step, **changes) for step in range(1, 21)], 40, 0.7)
+    assert found.startswith(said)
+    assert "\n" not in found

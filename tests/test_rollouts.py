@@ -65,7 +65,29 @@ def test_only_rank_zero_writes_and_every_rank_logs_behaviors_once(tmp_path):
     assert list(tmp_path.iterdir()) == []
     # No claims at all: no true_arithmetic.
     expected = {"behaviors/tries": 0.0, "behaviors/verified": 0.0, "behaviors/gave_up": 1.0}
-    assert logged == list(expected.items())
+    assert logged == [("same_text", 0.0), *expected.items()]
+
+
+def test_the_share_of_groups_of_one_text_is_logged(tmp_path):
+    task = TaskConfig("x.jsonl", prompt_template="p.yaml", reward_funcs=("a",), eval_reward="b")
+
+    def logged(prompts, texts):
+        values, recorder = [], RolloutRecorder(tmp_path, task)
+        (function,) = recorder.watch(
+            [RewardFunction("a", "a", (), lambda completions, **columns: [0.0] * len(completions))]
+        )
+        function(
+            prompts=prompts,
+            completions=texts,
+            completion_ids=[[1]] * len(texts),
+            trainer_state=SimpleNamespace(global_step=4, is_world_process_zero=False),
+            log_metric=lambda *metric: values.append(metric),
+        )
+        return values
+
+    assert logged("aabb", ["x", "x", "x", "y"]) == [("same_text", 0.5)]
+    assert logged("abb", ["x", "y", "y"]) == [("same_text", 1.0)]  # the rest is another rank's
+    assert logged("ab", ["x", "y"]) == []
 
 
 def test_a_resumed_run_ends_with_the_same_files(tmp_path):
@@ -336,7 +358,7 @@ def test_the_rows_of_another_task_are_kept_as_they_are(tmp_path):
             log_metric=lambda *metric: logged.append(metric),
             log_extra=None,
         )
-    assert logged == [("success", 0.625)]  # and no behaviours
+    assert logged == [("success", 0.625), ("same_text", 0.0)]  # and no behaviours
     row = {"words": 'a "b" rewards {c}\nd', "level": {"of": 1}}
     first = Rollout(5, row, {"a": 1.0, "b": None}, texts[0], "a")
     assert recorder.latest == first
@@ -366,6 +388,6 @@ def test_without_a_reward_for_success_none_is_told(tmp_path):
         trainer_state=SimpleNamespace(global_step=4, is_world_process_zero=True),
         log_metric=lambda *metric: logged.append(metric),
     )
-    assert logged == []
+    assert logged == [("same_text", 1.0)]
     kept = read_samples(tmp_path / ALL_FILE)
     assert {(each.judge, each.score, each.solved) for each in kept} == {(None, None, False)}

@@ -1,4 +1,4 @@
-"""Numbers gone wrong: what ends a run before it is saved.
+"""Numbers gone wrong: what ends a run before it is saved, and what is said when nothing is learned.
 
 NaN and infinity are met at the end of the step that made them, before its line in the log, its
 evaluation and its checkpoint: the newest checkpoint stays the last good one. What is left out: to
@@ -6,7 +6,7 @@ mend anything, or to skip a batch; a run is what its recipe says, or ends.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NoReturn
@@ -19,14 +19,21 @@ from trl import GRPOTrainer
 
 from mini_r1 import FAILED, RunFailed, quirks
 from mini_r1.callbacks import anywhere
+from mini_r1.metrics import METRICS, SAME_TEXT
 from mini_r1.model import not_finite
 from mini_r1.rollouts import RolloutRecorder
 from mini_r1.run import (
+    DIAGNOSIS,
     FAILED_BATCH_FILE,
     failed_step,
     last_complete_checkpoint,
     write_json,
 )
+
+SILENT_STEPS = 20  # in which no reward told one completion from another
+
+
+# ---- NaN and infinity -----------------------------------------------------------------------
 
 
 def end_all(accelerator: Accelerator, problem: str) -> NoReturn:
@@ -190,3 +197,91 @@ def _plain(number: Any) -> float | str:
     """As JSON has it, which knows no NaN."""
     value = float(number)
     return value if math.isfinite(value) else str(value)
+
+
+# ---- Nothing to learn from ------------------------------------------------------------------
+
+
+class LearningSignal(TrainerCallback):
+    """Says once why nothing is learned, when no reward has told two completions of a group apart.
+
+    All of it is read from the trainer's log, and becomes part of it, in the entry of the step: so a
+    resumed run counts on, and what was said goes with the checkpoints, to the report.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._said, self._silent, self._signal_at = False, True, 0
+        for entry in state.log_history:
+            self._read(entry)
+
+    def _read(self, entry: Mapping[str, Any]) -> None:
+        if METRICS["reward"].key in entry:  # further steps of a generation log none
+            self._silent = _is_silent(entry)
+        if "loss" in entry and not self._silent:
+            self._signal_at = entry["step"]
+        self._said |= DIAGNOSIS in entry
+
+    def on_log(self, args, state, control, **kwargs):
+        entry = state.log_history[-1]
+        self._read(entry)
+        if self._said or "loss" not in entry or entry["step"] - self._signal_at < SILENT_STEPS:
+            return
+        silent = [each for each in state.log_history if each["step"] > self._signal_at]
+        why = diagnosis(silent, args.max_completion_length, args.temperature)
+        steps = entry["step"] - self._signal_at
+        line = f"step {entry['step']}: nothing was learned from rewards for {steps} steps: {why}"
+        entry[DIAGNOSIS], self._said = line, True
+        if state.is_world_process_zero:
+            print(line, flush=True)
+
+
+def _is_silent(entry: Mapping[str, Any]) -> bool:
+    """Whether the completions of each group fared alike."""
+    alike = METRICS["no_signal"].key, SAME_TEXT
+    unscored = entry[METRICS["reward"].key] is None
+    return unscored or any((entry.get(key) or 0) >= 1 for key in alike)
+
+
+def diagnosis(
+    entries: Sequence[Mapping[str, Any]], max_completion_length: int, temperature: float
+) -> str:
+    """Why steps without signal have none, and what to do: the cause that explains most of them.
+
+    Every completion was either cut, or malformed, or wrong, or right; the largest share is told.
+    Groups that are all the same text come before these, unless they are right.
+
+    Args:
+        entries: of the trainer's log.
+    """
+
+    def mean(value: Callable[[Mapping[str, Any]], float | None]) -> float | None:
+        known = [each for each in map(value, entries) if each is not None]
+        return fmean(known) if known else None
+
+    reward = mean(METRICS["reward"].logged)
+    if reward is None:
+        return "every reward was None; see whether it applies to these data"
+    cut, formed = mean(METRICS["truncated"].logged) or 0.0, mean(METRICS["format"].logged)
+    right, same = mean(METRICS["success"].logged), mean(lambda entry: entry.get(SAME_TEXT)) or 0.0
+    shares = {"cut": cut, "right": right or 0.0}
+    if formed is not None:
+        shares["malformed"] = max(0.0, 1 - formed - cut)
+    rest = "wrong" if right is not None else "constant"
+    shares[rest] = max(0.0, 1 - sum(shares.values()))
+    cause = max(shares, key=lambda name: shares[name])
+    if same > 0.9 and cause != "right":
+        return (
+            f"in {same:.0%} of the groups all completions are the same text; raise temperature "
+            f"({temperature:g})"
+        )
+    return {
+        "cut": "{:.0%} of the completions were cut at max_completion_length; raise it "
+        f"({max_completion_length})",
+        "right": "{:.0%} of the completions are right already; take harder puzzles",
+        "malformed": "{:.0%} of the completions lack the form that the format reward wants; show "
+        "it in the prompt, or start from a base that knows it (mini-r1 base sft)",
+        "wrong": "{:.0%} of the completions have an answer, and a wrong one; take easier puzzles, "
+        "a stronger base, or more num_generations",
+        "constant": f"the rewards gave all completions of a group the same (reward {reward:.3g} on "
+        "average); a reward must tell better ones from worse",
+    }[cause].format(shares[cause])

@@ -13,6 +13,8 @@ from typing import Any
 EVAL_SUCCESS, EVAL_TOKENS = "eval_success", "eval_mean_completion_tokens"
 # Success in training where another reward than equation tells it.
 SUCCESS = "success"
+# The share of groups whose completions are all the same text.
+SAME_TEXT = "same_text"
 # Between vLLM's log-probabilities and the trainer's: TRL's alarm for stale weights.
 LOGP_DIFFERENCE = "sampling/sampling_logp_difference/mean"
 

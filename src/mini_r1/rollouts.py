@@ -7,6 +7,8 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,7 +17,7 @@ from mini_r1 import RunFailed, one_line
 from mini_r1.behaviors import behavior, summarize_behaviors
 from mini_r1.completion import THINK_OPEN
 from mini_r1.countdown.puzzles import uniform_hash
-from mini_r1.metrics import SUCCESS
+from mini_r1.metrics import SAME_TEXT, SUCCESS
 from mini_r1.recipe import TaskConfig
 from mini_r1.rewards import TRL_COLUMNS, RewardFunction, completion_text
 
@@ -157,6 +159,13 @@ class RolloutRecorder:
         scores = [score for score in self._scores.get(self._judge or "", ()) if score is not None]
         if scores and self._judge != "equation_reward":
             columns["log_metric"](SUCCESS, fmean(scores))
+        groups = groupby(
+            zip(columns["prompts"], columns["completions"], strict=True), itemgetter(0)
+        )
+        groups = [[completion_text(text) for _, text in group] for _, group in groups]
+        alike = [len(set(texts)) == 1 for texts in groups if len(texts) > 1]
+        if alike:  # else they are spread over the ranks
+            columns["log_metric"](SAME_TEXT, fmean(alike))
         if not self._task.is_countdown:
             return
         texts = map(completion_text, columns["completions"])

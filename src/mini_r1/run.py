@@ -47,6 +47,7 @@ EVAL_FOLDER, SAMPLES_FOLDER, LOGS_FOLDER = "eval", "samples", "logs"
 FAILED_BATCH_FILE = "failed-batch.json"
 MERGED_FOLDER = "start"  # the adapter that a run starts from, merged, until it is loaded
 BEFORE, AFTER = "before", "after"  # the first and the last evaluation
+DIAGNOSIS = "diagnosis"  # in an entry of the trainer's log: why nothing was learned up to it
 # Written into a checkpoint once every rank has finished its part: without it a kill tore it.
 COMPLETE_MARKER = "complete"
 STOP_FILE, PAUSED_MARKER = "STOP", "PAUSED"
@@ -395,13 +396,18 @@ class Run:
     folder: Path
     recipe: Mapping[str, Any]
     manifest: RunManifest
-    history: Sequence[Mapping[str, float]]
+    history: Sequence[Mapping[str, Any]]
     evaluations: Sequence[tuple[int, str, Evaluation]]
     samples: Sequence[Rollout]
 
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def diagnosis(self) -> str | None:
+        """Why nothing was learned for some steps."""
+        return next((entry[DIAGNOSIS] for entry in self.history if DIAGNOSIS in entry), None)
 
     @property
     def first(self) -> Evaluation:

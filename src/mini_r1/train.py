@@ -51,7 +51,7 @@ from mini_r1.callbacks import (
 )
 from mini_r1.data import Split, load_split, prompt_dataset
 from mini_r1.evaluate import heldout_puzzles, progress_bar, sample_batches, summarize
-from mini_r1.health import FiniteNumbers, end_all
+from mini_r1.health import FiniteNumbers, LearningSignal, end_all
 from mini_r1.launch.machine import is_main_process
 from mini_r1.launch.plan import SERVER_HOST, owns_server
 from mini_r1.launch.vllm_server import VLLMServer
@@ -167,6 +167,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     clock, pause = TrainClock(), PauseOnRequest(run_dir)
     held_out = HeldOutEvaluation(eval_every, evaluate, partial(quirks.log_plainly, trainer))
     trainer.add_callback(FiniteNumbers(trainer, tokenizer, recorder, run_dir))
+    trainer.add_callback(LearningSignal())
     if trainer.pop_callback(TensorBoardCallback):
         trainer.add_callback(TensorBoard(recipe.as_dict(), recorder))
     live = LiveView(run_dir.name, clock, recorder)

@@ -279,6 +279,9 @@ def for_some(completions, **columns):
 def broken(completions, trainer_state, **columns):
     return [float("nan" if trainer_state.global_step else 0)] * len(completions)
 
+def nothing(completions, **columns):
+    return [0.0] * len(completions)
+
 brackets, short = Brackets(), functools.partial(shorter_than, 50)
 """
 
@@ -386,6 +389,44 @@ def test_weights_that_are_nan_from_the_start_are_refused(tmp_path):
     assert done.stderr.splitlines()[-1].startswith(f"{said}holds NaN or infinity; ")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / RECIPE_FILE).exists()
+
+
+def test_why_nothing_is_learned_is_said_once_also_after_a_resume(own_task):
+    changes = {
+        "max_steps": 24,
+        "save_steps": 11,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "steps_per_generation": 1,
+        "max_completion_length": 4,
+        "num_eval_puzzles": 2,
+        "dataset_id_or_path": "24.jsonl",
+    }
+    arguments = [*command("runs/24", **changes), "--reward_funcs", "format", "my_task.nothing"]
+
+    def outcome():
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, cwd=own_task)
+        assert done.returncode == 0, done.stderr
+        run_dir = own_task / "runs" / "24"
+        history = json.loads((run_dir / STATE_FILE).read_text())["log_history"]
+        ((step, line),) = [(e["step"], e["diagnosis"]) for e in history if "diagnosis" in e]
+        assert step == 20
+        assert (run_dir / "report.html").read_text().count(line) == 1
+        return line, done.stdout.count(line)
+
+    line, times = outcome()
+    assert times == 1
+    assert line == (
+        "step 20: nothing was learned from rewards for 20 steps: 100% of the completions were cut "
+        "at max_completion_length; raise it (4)"
+    )
+    run_dir = own_task / "runs" / "24"
+    for name, times in (("checkpoint-24", 0), ("checkpoint-22", 1)):  # 11 comes before step 20
+        shutil.rmtree(run_dir / name)
+        for file in (SUMMARY_FILE, "model.safetensors", "report.html", "eval/after.json"):
+            (run_dir / file).unlink()
+        assert outcome() == (line, times)
+        shutil.rmtree(run_dir / "checkpoint-24") if name == "checkpoint-24" else None
 
 
 def test_lora_dtype_and_scheduled_evaluation(tmp_path):

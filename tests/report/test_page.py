@@ -99,6 +99,14 @@ def test_the_numbers_are_those_of_the_records(run_dir):
     assert "held-out at step 4: 0.933" in labels[0]
 
 
+def test_why_nothing_was_learned_is_told(run_dir):
+    assert load_run(run_dir).diagnosis is None
+    state = json.loads((run_dir / "trainer_state.json").read_text())
+    state["log_history"][2]["diagnosis"] = "step 3: <nothing> was learned"
+    (run_dir / "trainer_state.json").write_text(json.dumps(state))
+    assert render([load_run(run_dir)], {}).count("<p>step 3: &lt;nothing&gt; was learned</p>") == 1
+
+
 def test_what_a_model_writes_stays_text(run_dir):
     page = render([load_run(run_dir)], {})
     assert "<script>alert" not in page

@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mini_r1 import BAD_INPUT, FAILED, INTERRUPTED, InputError, RunFailed, __version__
+from mini_r1 import BAD_INPUT, FAILED, SIGNALLED, InputError, RunFailed, __version__
 from mini_r1.model import EMBEDDED_BASES
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def exit_code(command: Callable[[], None]) -> int:
         # CPython 3.11 remembers a Ctrl-C that came into code from a string, as dataclasses have it,
         # and `python -m` would die of it in the end; any other such code makes it forget.
         exec("")
-        return INTERRUPTED
+        return SIGNALLED + getattr(interrupt, "number", signal.SIGINT)
     return 0
 
 

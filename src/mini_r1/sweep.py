@@ -25,7 +25,7 @@ from typing import Any, TypedDict
 
 import yaml
 
-from mini_r1 import INTERRUPTED, InputError, one_line
+from mini_r1 import SIGNALLED, InputError, one_line
 from mini_r1.manifest import weights_hash
 from mini_r1.metrics import METRICS, SWEEP_CURVE
 from mini_r1.model import model_path
@@ -203,7 +203,7 @@ def _run(
         write_json(sweep.record_file(settings, seed), record_of(run_dir))
         print(f"done  {run_dir}", flush=True)
         return None
-    stopped = paused or code in (INTERRUPTED, -signal.SIGTERM)
+    stopped = paused or code > SIGNALLED or code == -signal.SIGTERM
     print(f"{'stopped' if stopped else 'FAILED'}  {run_dir}", flush=True)
     return log
 

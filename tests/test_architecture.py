@@ -31,6 +31,7 @@ ORDER = [
     "manifest",
     "rollouts",
     "lock",
+    "stdio",
     "run",
     "tables",
     "data",

@@ -3,7 +3,6 @@
 Everything here uses the public hooks of transformers: `TrainerCallback`.
 """
 
-import os
 import signal
 import sys
 import time
@@ -257,7 +256,6 @@ class PauseOnRequest(TrainerCallback):
         self._asked = 0  # how: a signal's number plus _REQUEST, or _REQUEST, or 0
         self._in_steps = self._in_step = self._speaks = False
         self._before: Any = None
-        self._on_terminal = [fd for fd in (1, 2) if os.isatty(fd)]
         for number in self.SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
                 signal.signal(number, self._note)
@@ -275,9 +273,6 @@ class PauseOnRequest(TrainerCallback):
         outlive_launcher()
         asked = self._REQUEST + (0 if number == signal.SIGUSR1 else number)
         self._asked = max(self._asked, asked)
-        if number == signal.SIGHUP:  # the terminal was closed: what is printed now goes nowhere
-            for fd in self._on_terminal:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
     def _interrupt(self, number: int, frame: Any) -> None:
         if not self._in_steps:

@@ -117,7 +117,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     split = load_split(recipe.task)
     heldout_puzzles(split, recipe.task)
     start = Start(recipe)
-    model_args, args, eval_every, keep = _arguments(recipe)
+    model_args, args, eval_every = _arguments(recipe)
     tokenizer = load_tokenizer(start.weights, recipe.get("model_revision"))
     dataset, too_long = prompt_dataset(
         split.train,
@@ -138,6 +138,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     start.loaded(trainer)
 
     # The run folder: new, or as the last intact checkpoint left it.
+    keep = recipe.get("save_total_limit")
     is_main = trainer.accelerator.is_main_process
     (checkpoint,) = broadcast_object_list([checkpoint_to_resume(run_dir) if is_main else None])
     if is_main:
@@ -251,13 +252,13 @@ def describe(summary: Summary) -> str:
 # ---- Building -------------------------------------------------------------------------------
 
 
-def _arguments(recipe: Recipe) -> tuple[ModelConfig, GRPOConfig, int | None, int | None]:
-    """TRL's arguments, every how many steps to evaluate, and how many checkpoints to keep.
+def _arguments(recipe: Recipe) -> tuple[ModelConfig, GRPOConfig, int | None]:
+    """TRL's arguments, and every how many steps to evaluate on held-out puzzles.
 
-    Both are our own work, not the Trainer's.
+    The evaluation is our own, not the Trainer's, and so is the end of old checkpoints.
     """
     given = dict(recipe.training)
-    keep = given.pop("save_total_limit", None)
+    given.pop("save_total_limit", None)
     strategy, eval_steps = given.pop("eval_strategy", "no"), given.pop("eval_steps", None)
     try:
         model_args = ModelConfig(**recipe.model)
@@ -277,7 +278,7 @@ def _arguments(recipe: Recipe) -> tuple[ModelConfig, GRPOConfig, int | None, int
     except (ValueError, ImportError) as error:
         raise InputError(one_line(error), where=recipe.path) from error
     quirks.unnumber_cpu(args)
-    return model_args, args, eval_steps if strategy == "steps" else None, keep
+    return model_args, args, eval_steps if strategy == "steps" else None
 
 
 def _start_server(recipe: Recipe, args: GRPOConfig, gpu: str | None) -> VLLMServer:

@@ -9,7 +9,7 @@ PRINTING = """
 import sys
 from mini_r1.stdio import outlive_readers
 outlive_readers()
-input()
+sys.stdin.readline()
 for number in range(3):
     print("x" * 100_000, flush=number == 1)
     print("said", file=sys.stderr)

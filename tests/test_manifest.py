@@ -1,9 +1,5 @@
 import json
 import os
-import shutil
-from pathlib import Path
-
-import torch
 
 from mini_r1.manifest import build_manifest, weights_hash
 from mini_r1.model import model_path
@@ -44,14 +40,3 @@ def test_the_hash_of_an_adapter_is_of_its_base_too(tmp_path):
     adapter(folder, "tiny_base", b"1")
     model = build_manifest(recipe, str(folder), None, data)["model"]
     assert model == {"name": str(folder), "sha256": small, "revision": None, "base": "tiny_base"}
-
-
-def test_pickled_weights_have_a_hash(tmp_path):
-    torch.save({"a": torch.zeros(3)}, tmp_path / "pytorch_model.bin")
-    first = weights_hash(tmp_path)
-    torch.save({"a": torch.ones(3)}, tmp_path / "pytorch_model.bin")
-    assert first != weights_hash(tmp_path) is not None
-    # What a run writes beside the weights is not hashed.
-    torch.save({}, tmp_path / "training_args.bin")
-    shutil.copy(Path(model_path("tiny_base")) / "model.safetensors", tmp_path)
-    assert weights_hash(tmp_path) == weights_hash(model_path("tiny_base"))

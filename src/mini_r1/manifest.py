@@ -147,7 +147,7 @@ def weights_hash(folder: str | Path) -> str | None:
     Of an adapter, over those of its base before them. None for what is no local model.
     """
     folder = Path(folder)
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*_model*.bin"))
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         return None
     digest = sha256()

@@ -273,6 +273,7 @@ def _arguments(recipe: Recipe) -> tuple[ModelConfig, GRPOConfig, int | None, int
             "attn_implementation": model_args.attn_implementation,
             **(given.get("model_init_kwargs") or {}),
         }
+            "use_safetensors": True,
         args = GRPOConfig(**given)
     except (ValueError, ImportError) as error:
         raise InputError(one_line(error), where=recipe.path) from error

@@ -34,6 +34,7 @@ ORDER = [
     "run",
     "tables",
     "data",
+    "launch.guard",
     "launch.machine",
     "launch.memory",
     "launch.plan",

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
@@ -17,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation.vllm_client import VLLMClient
 
 from mini_r1 import quirks
 from mini_r1.model import load_tokenizer
@@ -101,6 +103,17 @@ def test_4_bit_layers_still_choose_a_layout_for_evaluation():
     layer.support_avx512bf16_for_cpu = True
     quirks.keep_4bit_trainable(torch.nn.Sequential(layer))
     assert layer.support_avx512bf16_for_cpu is False
+
+
+def test_trls_client_cannot_be_told_of_a_key(monkeypatch):
+    known = {"self", "base_url", "host", "server_port", "group_port", "connection_timeout"}
+    assert inspect.signature(VLLMClient.__init__).parameters.keys() == known
+    monkeypatch.setattr("requests.adapters.HTTPAdapter.add_headers", None)
+    quirks.show_key("http://here:1", {"Authorization": "x"})  # and see tests/launch/test_guard.py
+    for url, brought in (("http://here:1/v1", {"Authorization": "x"}), ("http://there:1/v1", {})):
+        request = requests.Request("GET", url).prepare()
+        requests.adapters.HTTPAdapter().add_headers(request, timeout=1)
+        assert request.headers == brought
 
 
 def test_trl_shows_all_of_a_completion_that_nothing_scored_in_every_step(trainer, caplog):

@@ -54,8 +54,9 @@ from mini_r1.callbacks import (
 )
 from mini_r1.data import Split, load_split, prompt_dataset
 from mini_r1.evaluate import heldout_puzzles, progress_bar, sample_batches, summarize
+from mini_r1.launch.guard import key_header
 from mini_r1.launch.machine import is_main_process
-from mini_r1.launch.plan import SERVER_HOST, owns_server
+from mini_r1.launch.plan import SERVER_HOST, owns_server, server_address
 from mini_r1.launch.vllm_server import VLLMServer
 from mini_r1.live import LiveView
 from mini_r1.manifest import DataRecord, build_manifest
@@ -271,9 +272,9 @@ def _arguments(recipe: Recipe) -> tuple[ModelConfig, GRPOConfig, int | None, int
             "revision": model_args.model_revision,
             "dtype": model_args.dtype,
             "attn_implementation": model_args.attn_implementation,
+            "use_safetensors": True,
             **(given.get("model_init_kwargs") or {}),
         }
-            "use_safetensors": True,
         args = GRPOConfig(**given)
     except (ValueError, ImportError) as error:
         raise InputError(one_line(error), where=recipe.path) from error
@@ -316,6 +317,8 @@ def _build_trainer(
         reward.check_columns(name for name in dataset.column_names if name != "prompt")
     set_seed(args.seed)  # the weights of a fresh LoRA adapter
     quirks.quiet_unscored_completions()
+    if header := key_header():
+        quirks.show_key(args.vllm_server_base_url or server_address(recipe) or "", header)
     name = recipe.model["model_name_or_path"]
     try:
         trainer = GRPOTrainer(

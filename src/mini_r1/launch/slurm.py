@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mini_r1 import InputError
+from mini_r1.launch.guard import draw_key
 from mini_r1.launch.machine import Machine
 from mini_r1.launch.plan import (
     LAUNCH_CONFIGS,
@@ -250,6 +251,7 @@ class Job:
         Raises:
             SystemExit: it did not come up.
         """
+        draw_key()  # srun hands it on to server and trainer
         command = server_command(self.recipe, self.port + 1, node, gpus)
         python = os.environ.get("MINI_R1_SERVER_PYTHON", sys.executable)
         server = self._srun([node], "server", [python, *command], VLLM_SERVER_DEV_MODE="1")

@@ -22,6 +22,7 @@ import urllib.request
 from pathlib import Path
 
 from mini_r1 import RunFailed
+from mini_r1.launch.guard import KEY, draw_key, key_header
 from mini_r1.launch.machine import visible_gpus
 from mini_r1.launch.plan import SERVER_HOST, server_command
 from mini_r1.recipe import Recipe
@@ -82,7 +83,7 @@ class VLLMServer:
             for key, value in os.environ.items()
             if not key.startswith(LAUNCHER_VARIABLES)
         }
-        self._env |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": SERVER_HOST}
+        self._env |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": SERVER_HOST, KEY: draw_key()}
         if gpu is not None:
             self._env["CUDA_VISIBLE_DEVICES"] = gpu
         self._keeper: subprocess.Popen | None = None
@@ -147,8 +148,9 @@ class VLLMServer:
 
 def answers(url: str) -> bool:
     """Whether the server at an address says that it is ready."""
+    request = urllib.request.Request(f"{url}/health", headers=key_header())
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+        with urllib.request.urlopen(request, timeout=5) as response:
             return response.status == 200
     except (urllib.error.URLError, OSError):
         return False

@@ -31,6 +31,7 @@ CONFLICTS = {
     "eval_on_start: true": "eval_on_start: leave it out: every run starts with an evaluation",
     "load_best_model_at_end: true": "load_best_model_at_end: leave it out",
     "log_completions_hub_repo: a/b": "log_completions_hub_repo: needs log_completions: true",
+    "push_to_hub: true|hub_strategy: checkpoint": "checkpoint would make pickles public; write eve",
     "trust_remote_code: true": "trust_remote_code: code that a model brings is never run; leave",
     "model_init_kwargs: {trust_remote_code: true}": "code that a model brings is never run",
     "model_init_kwargs: {use_safetensors: false}": "pickles are never loaded; leave use_safetens",

@@ -12,7 +12,7 @@ def test_manifest_names_what_produced_a_run():
     assert manifest["hardware"]["world_size"] == 1
     assert manifest["model"]["sha256"] == weights_hash(model_path("tiny_base"))
     assert manifest["data"] == data
-    assert manifest["folder"] == os.getcwd()
+    assert os.path.expanduser(manifest["folder"]) == os.getcwd()
     changed = build_manifest({**recipe, "seed": 2}, model_path("tiny_base"), None, data)
     assert changed["recipe_sha256"] != manifest["recipe_sha256"]
     json.dumps(manifest)
@@ -40,3 +40,20 @@ def test_the_hash_of_an_adapter_is_of_its_base_too(tmp_path):
     adapter(folder, "tiny_base", b"1")
     model = build_manifest(recipe, str(folder), None, data)["model"]
     assert model == {"name": str(folder), "sha256": small, "revision": None, "base": "tiny_base"}
+
+
+def test_the_home_folder_is_not_named(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setattr(os, "getcwd", lambda: "/home/ada/work")
+    command = [
+        "/home/ada/.venv/bin/mini-r1",
+        "--output_dir=/home/ada/x",
+        "/home/adam",
+        "/x/home/ada",
+    ]
+    monkeypatch.setattr("sys.argv", command)
+    recipe = {"model_name_or_path": "tiny_base"}
+    manifest = build_manifest(recipe, model_path("tiny_base"), None, {"sha256": "x"})
+    assert manifest["folder"] == "~/work"
+    assert manifest["command"][:2] == ["~/.venv/bin/mini-r1", "--output_dir=~/x"]
+    assert manifest["command"][2:] == ["/home/adam", "/x/home/ada"]

@@ -6,6 +6,7 @@ import logging
 import re
 import subprocess
 import sys
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import requests
 import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -103,6 +105,32 @@ def test_4_bit_layers_still_choose_a_layout_for_evaluation():
     layer.support_avx512bf16_for_cpu = True
     quirks.keep_4bit_trainable(torch.nn.Sequential(layer))
     assert layer.support_avx512bf16_for_cpu is False
+
+
+def test_a_trainer_uploads_all_it_finds_in_two_ways(trainer, tmp_path, monkeypatch):
+    uploads = []
+
+    def upload_folder(_, folder_path, ignore_patterns, allow_patterns=None, **__):
+        names = [path.name for path in Path(folder_path).iterdir()]
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        uploads.append({*filter_repo_objects(names, **patterns)})
+        done = Future()
+        done.set_result(None)
+        return done
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # a new one, for this test
+    trainer.hub_model_id, trainer.push_in_progress = "me/run", None
+    (tmp_path / "private.log").touch()
+    for everything in (True, False):
+        trainer.push_to_hub()
+        trainer._push_from_checkpoint(tmp_path / "checkpoint-1")
+        trainer._finish_current_push()
+        (at_the_end, at_a_save), uploads[:] = uploads[:], []
+        for files in (at_the_end, at_a_save):
+            assert {"config.json", "model.safetensors"} <= files
+            assert ({"private.log", "training_args.bin"} <= files) is everything
+        quirks.upload_only(["config.json", "model.safetensors"])
 
 
 def test_trls_client_cannot_be_told_of_a_key(monkeypatch):

@@ -149,6 +149,12 @@ def conflicts(get: Callable[[str], Any]) -> Iterator[tuple[Any, str, str]]:
         "log_completions_hub_repo",
         "needs log_completions: true",
     )
+    strategy = get("hub_strategy")
+    yield (
+        strategy in ("checkpoint", "all_checkpoints"),
+        "hub_strategy",
+        f"{strategy} would make pickles public; write every_save or end",
+    )
 
     # Sampling.
     for key, problem in _refused_in_generation(get):

@@ -8,7 +8,7 @@ goes. Imports are late, since most of these libraries are slow to import.
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -87,6 +87,21 @@ def show_key(address: str, header: Mapping[str, str]) -> None:
             request.headers.update(header)
 
     HTTPAdapter.add_headers = add_headers
+
+
+def upload_only(patterns: Sequence[str]) -> None:
+    """Have a Trainer upload those files of a run folder, and nothing else.
+
+    transformers 5.17 uploads the whole folder but for checkpoints, by either of its two ways, at
+    the end and at a save; both ask one object of huggingface_hub's for it.
+    """
+    from functools import partial
+
+    from transformers.utils.hub import hf_api
+
+    api = hf_api()
+    only = partial(type(api).upload_folder, api, allow_patterns=[*patterns])
+    setattr(api, "upload_folder", only)  # noqa: B010
 
 
 def quiet_unscored_completions() -> None:

@@ -68,6 +68,7 @@ from mini_r1.rollouts import RolloutRecorder
 from mini_r1.run import (
     BEFORE,
     MANIFEST_FILE,
+    PUBLISHED,
     REPORT_FILE,
     SAMPLES_FOLDER,
     SUMMARY_FILE,
@@ -317,6 +318,7 @@ def _build_trainer(
         reward.check_columns(name for name in dataset.column_names if name != "prompt")
     set_seed(args.seed)  # the weights of a fresh LoRA adapter
     quirks.quiet_unscored_completions()
+    quirks.upload_only(PUBLISHED)
     if header := key_header():
         quirks.show_key(args.vllm_server_base_url or server_address(recipe) or "", header)
     name = recipe.model["model_name_or_path"]

@@ -335,6 +335,8 @@ def _loading(name: str) -> Generator[None]:
 
 def model_error(name: str, error: Exception) -> InputError:
     """What to tell a user whose model cannot be loaded, in one line."""
+    if "use_safetensors" in str(error):
+        error = OSError("it comes as a pickle, which could run code of its author's")
     here = Path(model_path(name)).is_dir()
     instead = "" if here else f"; without network write a local folder or {EMBEDDED_BASES[0]}"
     return InputError(

@@ -100,6 +100,7 @@ ENVIRONMENT = {
     "SLURM_JOB_COMMENT": "hidden",
     "SLURM_JOB_NAME": "hidden",
     "SLURM_SPANK_X": "hidden",
+    "PATH_TO_MY": "hidden",
     "HF_ENDPOINT": "https://me:hidden@hub.example/x?key=hidden#hidden",
     "NCCL_DEBUG": "INFO\nexport X=hidden",
     "NCCL_SOCKET_IFNAME": "eth0",
@@ -111,7 +112,7 @@ ENVIRONMENT = {
 SCONTROL = (
     "JobId=12 JobName=hidden UserId=me(1000) TimeLimit=06:00:00 NumNodes=2 CPUs/Task=1 "
     "ReqTRES=cpu=2,gres/gpu=8 Command=/x/train.sbatch RECIPE --hub_token hidden "
-    "Comment=TimeLimit=hidden and more hidden TresPerNode=gres/gpu:4\n"
+    "Comment=and TimeLimit=hidden TresPerNode=gres/gpu:4\n"
 )
 
 
@@ -158,6 +159,17 @@ def test_a_token_goes_on_without_being_shown(capsys, monkeypatch):
     cluster = ["--nodes", "3", "--gpus-per-node", "8", "--hub_token", "my-token", "--dry-run"]
     assert main(["slurm", str(EIGHT), *cluster]) == 0
     assert "hub_token" not in capsys.readouterr().out
+    assert os.environ["HF_TOKEN"] == "my-token"
+
+
+def test_a_token_given_to_a_job_goes_on_without_being_kept(monkeypatch):
+    recipes = []
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr(slurm.Job, "__init__", lambda job, recipe: recipes.append(recipe))
+    monkeypatch.setattr(slurm.Job, "run", lambda job: 0)
+    assert slurm.main([str(EIGHT), "--hub_token=my-token", "--seed", "3"]) == 0
+    assert recipes[0].overrides == ("--seed", "3")
     assert os.environ["HF_TOKEN"] == "my-token"
 
 

@@ -57,7 +57,7 @@ from mini_r1.evaluate import heldout_puzzles, progress_bar, sample_batches, summ
 from mini_r1.launch.guard import key_header
 from mini_r1.launch.machine import is_main_process
 from mini_r1.launch.plan import SERVER_HOST, owns_server, server_address
-from mini_r1.launch.vllm_server import VLLMServer
+from mini_r1.launch.vllm_server import VLLMServer, check_key
 from mini_r1.live import LiveView
 from mini_r1.manifest import DataRecord, build_manifest
 from mini_r1.model import load_tokenizer, model_error, model_path, settle_generation
@@ -319,8 +319,9 @@ def _build_trainer(
     set_seed(args.seed)  # the weights of a fresh LoRA adapter
     quirks.quiet_unscored_completions()
     quirks.upload_only(PUBLISHED)
-    if header := key_header():
-        quirks.show_key(args.vllm_server_base_url or server_address(recipe) or "", header)
+    if address := args.vllm_server_base_url or server_address(recipe):
+        check_key(address)
+        quirks.show_key(address, key_header())
     name = recipe.model["model_name_or_path"]
     try:
         trainer = GRPOTrainer(

@@ -10,10 +10,10 @@ import pytest
 import requests
 import uvicorn
 
-from mini_r1 import quirks
+from mini_r1 import InputError, quirks
 from mini_r1.launch import guard
 from mini_r1.launch.guard import KEY, OnlyTheRun, draw_key, key_header
-from mini_r1.launch.vllm_server import answers
+from mini_r1.launch.vllm_server import answers, check_key
 
 
 async def everything(scope, receive, send):
@@ -53,8 +53,12 @@ def test_a_stranger_is_refused_everywhere(server, method):
 
 def test_a_run_knows_its_server_and_the_key_of_another_is_none(server):
     assert answers(server)
+    check_key(server)
     draw_key()
     assert not answers(server)
+    with pytest.raises(InputError, match=f"vllm_server_base_url: the server refuses.*set {KEY} to"):
+        check_key(server)
+    check_key("http://127.0.0.1:9")  # of nobody: TRL waits for it
 
 
 def test_without_a_key_nobody_could_be_let_in(monkeypatch):

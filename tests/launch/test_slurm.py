@@ -95,6 +95,7 @@ ENVIRONMENT = {
     "COOKIE": "session=hidden",
     "PIP_INDEX_URL": "https://me:hidden@pypi.example/simple",
     "VLLM_API_KEY": "hidden",
+    "NVIDIA_API_KEY": "hidden",
     "MINI_R1_VLLM_KEY": "hidden",
     "BASH_FUNC_module%%": "() { echo hidden\n}",
     "SLURM_JOB_COMMENT": "hidden",

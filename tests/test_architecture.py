@@ -35,6 +35,7 @@ ORDER = [
     "run",
     "tables",
     "data",
+    "launch.guard",
     "launch.machine",
     "launch.memory",
     "launch.plan",

@@ -280,3 +280,19 @@ def test_ctrl_c_is_one_line_with_the_command_and_exit_code_130(tmp_path):
             assert done.returncode == 130
             go_on = f"to go on: {typed} {shlex.join(arguments)}"
             assert done.stderr == f"{printed}; {go_on}\n"
+
+
+@pytest.mark.parametrize("is_launched", [False, True])
+def test_the_command_that_goes_on_shows_no_token(tmp_path, is_launched):
+    code = "import sys; from mini_r1.cli import exit_code\n" + (
+        "sys.exit(exit_code(lambda: exec('raise KeyboardInterrupt')))"
+    )
+    launcher = (
+        f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {code!r}]))"
+    )
+    words = ["-c", launcher if is_launched else code, "--hub_token", "secret", "--seed=1"]
+    env = {**os.environ, **(dict.fromkeys(LAUNCH_VARIABLES, "0") if is_launched else {})}
+    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr.endswith("--seed=1 --hub_token '***'\n")
+    assert "secret" not in done.stderr

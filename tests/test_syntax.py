@@ -1,12 +1,14 @@
 """Files that are no recipe, or hold YAML's traps: one line each, at once."""
 
+import os
+import sys
 import time
 
 import pytest
 
 from mini_r1 import InputError
 from mini_r1.recipe import load_recipe
-from mini_r1.syntax import MAX_BYTES
+from mini_r1.syntax import MAX_BYTES, take_hub_token
 
 MODEL = "model_name_or_path: tiny_base\n"
 NOT_READ = "anchors, aliases and tags (&, *, !) are not read"
@@ -80,3 +82,34 @@ def test_traps_are_told_in_one_line_at_once(tmp_path, trap):
 def test_a_byte_order_mark_is_no_matter(tmp_path):
     (tmp_path / "r.yaml").write_text(MODEL + "seed: 3\n", encoding="utf-8-sig")
     assert load_recipe(tmp_path / "r.yaml").get("seed") == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "kept", "token"),
+    [
+        (
+            ["--seed", "3", "--hub_token", "x y", "--push_to_hub"],
+            ["--seed", "3", "--push_to_hub"],
+            "x y",
+        ),
+        (["--hub-token=a=b"], [], "a=b"),
+        (["--hub_token", "a", "--hub_token=b", "--seed=3"], ["--seed=3"], "b"),
+        (["--hub_token_x", "a"], ["--hub_token_x", "a"], None),
+    ],
+)
+def test_a_token_is_taken_from_the_command_line_whatever_it_looks_like(
+    monkeypatch, words, kept, token
+):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(sys, "argv", ["mini-r1", *words])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "mini-r1", *words])
+    assert take_hub_token(words) == kept
+    assert os.environ.get("HF_TOKEN") == token
+    shown = ["mini-r1", *kept, *(["--hub_token", "***"] if token else [])]
+    assert (sys.argv, sys.orig_argv) == (shown, ["python", *shown])
+
+
+@pytest.mark.parametrize("words", [["--hub_token"], ["--hub_token="], ["--hub_token", "--seed=1"]])
+def test_a_token_without_a_value_is_refused(words):
+    with pytest.raises(InputError, match="--hub_token: no value"):
+        take_hub_token(words)

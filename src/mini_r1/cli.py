@@ -76,10 +76,11 @@ def exit_code(command: Callable[[], None]) -> int:
 
 
 def _command_line() -> str:
-    """What was typed to start this process, or the launcher that did."""
+    """What was typed to start this process, or the launcher that did, fit to be shown."""
     import psutil
 
     from mini_r1.launch.machine import launched
+    from mini_r1.syntax import presentable
 
     parent = psutil.Process().parent() if launched() else None
     words = parent.cmdline() if parent else sys.orig_argv
@@ -87,7 +88,7 @@ def _command_line() -> str:
         words = words[1:]
         name = os.path.basename(words[0])
         words[0] = name if shutil.which(name) == words[0] else words[0]
-    return shlex.join(words)
+    return shlex.join(presentable(words))
 
 
 def train_here(recipe: "Recipe") -> None:
@@ -157,9 +158,8 @@ def _train(recipe: "Recipe") -> None:
 def train(args: argparse.Namespace) -> None:
     from mini_r1.launch.doctor import first_problem
     from mini_r1.launch.plan import launch, make_plan
-    from mini_r1.recipe import load_recipe
 
-    plan = make_plan(load_recipe(args.recipe, args.overrides), _machine(args))
+    plan = make_plan(_recipe(args), _machine(args))
     if args.dry_run:
         print(plan)
         return
@@ -174,6 +174,13 @@ def train(args: argparse.Namespace) -> None:
         launch(plan)
     else:
         train_here(plan.recipe)
+
+
+def _recipe(args: argparse.Namespace) -> "Recipe":
+    from mini_r1.recipe import load_recipe
+    from mini_r1.syntax import take_hub_token
+
+    return load_recipe(args.recipe, take_hub_token(args.overrides))
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -231,9 +238,9 @@ def _output_file(name: str, option: str) -> Path:
 def slurm(args: argparse.Namespace) -> None:
     from mini_r1.launch.machine import Machine
     from mini_r1.launch.slurm import plan_job, submit_command
-    from mini_r1.recipe import ROOT, load_recipe
+    from mini_r1.recipe import ROOT
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe = _recipe(args)
     job = plan_job(recipe, args.nodes, Machine(args.gpus_per_node, args.gpu_memory))
     command = submit_command(recipe, args.nodes, args.gpus_per_node, args.time)
     print(f"{job}\nsubmit      {shlex.join(command)}", flush=True)

@@ -8,7 +8,7 @@ goes. Imports are late, since most of these libraries are slow to import.
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -70,6 +70,38 @@ def end_colocated_vllm(trainer: "GRPOTrainer") -> None:
     generation = getattr(trainer, "vllm_generation", None)
     if generation is not None and generation.mode == "colocate":
         generation.llm.llm_engine.engine_core.shutdown()
+
+
+def show_key(address: str, header: Mapping[str, str]) -> None:
+    """Have this process bring a header in every request to the vLLM server at an address.
+
+    TRL 1.16's client can be told of none. It sends with requests, whose adapters are asked for
+    further headers of each request; in the address the key would stand in the client's errors.
+    """
+    from urllib.parse import urlsplit
+
+    from requests.adapters import HTTPAdapter
+
+    def add_headers(self: HTTPAdapter, request: Any, **_: Any) -> None:
+        if urlsplit(request.url).netloc == urlsplit(address.lower()).netloc:
+            request.headers.update(header)
+
+    HTTPAdapter.add_headers = add_headers
+
+
+def upload_only(patterns: Sequence[str]) -> None:
+    """Have a Trainer upload those files of a run folder, and nothing else.
+
+    transformers 5.17 uploads the whole folder but for checkpoints, by either of its two ways, at
+    the end and at a save; both ask one object of huggingface_hub's for it.
+    """
+    from functools import partial
+
+    from transformers.utils.hub import hf_api
+
+    api = hf_api()
+    only = partial(type(api).upload_folder, api, allow_patterns=[*patterns])
+    setattr(api, "upload_folder", only)  # noqa: B010
 
 
 def quiet_unscored_completions() -> None:

@@ -40,7 +40,8 @@ _PACKAGE = Path(__file__).parent
 ROOT = _PACKAGE.parents[1] if _PACKAGE.parent.name == "src" else _PACKAGE
 RECIPES = ROOT / "recipes"
 
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # as the hub makes them
+# A token as the hub makes them, and the password in an address.
+SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}|://[^/\s]*:[^/\s]*@")
 
 # What every run wants unless its recipe says otherwise.
 TRAINING_DEFAULTS = {
@@ -82,7 +83,7 @@ OLD_KEYS = {
     "per_gpu_eval_batch_size": "write per_device_eval_batch_size",
     "push_to_hub_model_id": "write hub_model_id",
     "push_to_hub_organization": "write hub_model_id: organization/name",
-    "push_to_hub_token": "leave it out: set HF_TOKEN, or run 'hf auth login'",
+    "push_to_hub_token": "leave it out: give --hub_token on the command line, or set HF_TOKEN",
     "torchdynamo": "write torch_compile_backend",
     "dispatch_batches": "write accelerator_config: {dispatch_batches: ...}",
     "split_batches": "write accelerator_config: {split_batches: ...}",
@@ -477,12 +478,12 @@ def _refuse_secret(name: str, value: Any) -> None:
     """A run keeps its recipe and its command, shows them in its report, and may upload both.
 
     Raises:
-        ValueError: this is a token of the hub, which it does not repeat.
+        ValueError: this is a secret, which it does not repeat.
     """
-    if (name == "hub_token" and value) or TOKEN.search(str(value)):
+    if (name == "hub_token" and value) or SECRET.search(str(value)):
         raise ValueError(
-            "no place for a secret, since the run keeps its recipe; set HF_TOKEN, or run "
-            "'hf auth login'"
+            "no place for a secret, since the run keeps its recipe; give the hub's as --hub_token "
+            "on the command line or as HF_TOKEN, or run 'hf auth login'"
         )
 
 

@@ -38,7 +38,14 @@ from mini_r1 import InputError, one_line
 from mini_r1.lock import LOCK_FILE, holder, in_use
 from mini_r1.manifest import RunManifest
 from mini_r1.model import EMBEDDED_BASES, is_local, model_path
-from mini_r1.model_files import is_model
+from mini_r1.model_files import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS,
+    CONFIG_FILE,
+    SAFETENSORS,
+    TOKENIZER_FILES,
+    is_model,
+)
 from mini_r1.recipe import Recipe, TaskConfig, default_of, load_recipe
 from mini_r1.rollouts import ALL_FILE, Rollout, read_samples
 
@@ -57,6 +64,16 @@ BEGUN_MARKER, COMPLETE_MARKER = "begun", "complete"
 # Whose files only grow, until a resume takes them back to where its checkpoint was.
 GROWING_FOLDERS = (SAMPLES_FOLDER, TENSORBOARD_FOLDER)
 STOP_FILE, PAUSED_MARKER = "STOP", "PAUSED"
+# What of a run folder push_to_hub makes public: no logs, no checkpoints, no pickles.
+PUBLISHED = (
+    *(CONFIG_FILE, "generation_config.json", SAFETENSORS, f"{SAFETENSORS}.index.json"),
+    "model-[0-9]*-of-[0-9]*.safetensors",
+    *(ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS),
+    *(*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("merges.txt", "chat_template.jinja"),
+    *("README.md", REPORT_FILE, RECIPE_FILE, MANIFEST_FILE, SUMMARY_FILE),
+    *(f"{EVAL_FOLDER}/*.json", f"{SAMPLES_FOLDER}/*.txt"),
+)
 # The variables by which trackers are told to keep their files in the run folder.
 TRACKER_FOLDERS = {
     "TENSORBOARD_LOGGING_DIR": TENSORBOARD_FOLDER,
@@ -641,6 +658,7 @@ def _from_start(run_dir: Path, task: TaskConfig) -> TaskConfig:
     start = _json(manifest).get("folder") if manifest.exists() else None
     if start is None:
         return task
+    start = os.path.expanduser(start)
     data, template = task.dataset_id_or_path, task.prompt_template
     if data != "generated":
         there, here = Path(start, data), Path(data)

@@ -4,7 +4,9 @@ What is read are YAML's nodes, each with its place: what they say depends on the
 and keys.py knows that. Never a traceback, and never a long wait, whatever the file holds.
 """
 
+import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from mini_r1.keys import Key, said, shortened
 
 MAX_BYTES = 128 * 1024  # of a file; all keys with their help would have a quarter of that
 MAX_DEPTH = 20  # of lists and mappings within each other
+HUB_TOKEN = ("--hub_token", "--hub-token")
 
 
 class _NotRead(yaml.MarkedYAMLError):
@@ -140,3 +143,44 @@ def node_of(words: Sequence[str], key: Key) -> yaml.Node:
     if not nodes:
         return yaml.ScalarNode("tag:yaml.org,2002:bool", "true")
     return nodes[0] if len(nodes) == 1 else yaml.SequenceNode("tag:yaml.org,2002:seq", nodes)
+
+
+def take_hub_token(arguments: Sequence[str]) -> list[str]:
+    """Arguments without `--hub_token VALUE`, which goes on as HF_TOKEN, where the libraries look.
+
+    A run keeps its recipe and its command, shows them and may upload them. So the token is in
+    neither, nor is it in the command lines of the processes that this one starts.
+
+    Raises:
+        InputError: there is no value.
+    """
+    kept, token = _without_token(arguments)
+    if token is None:
+        return kept
+    if not token:
+        raise InputError("no value", where=HUB_TOKEN[0])
+    os.environ["HF_TOKEN"] = token
+    for words in (sys.argv, sys.orig_argv):  # which trackers keep, too
+        words[:] = presentable(words)
+    return kept
+
+
+def presentable(words: Sequence[str]) -> list[str]:
+    """A command line as it may be kept and shown: without the token of the hub."""
+    kept, token = _without_token(words)
+    return kept if token is None else [*kept, HUB_TOKEN[0], "***"]
+
+
+def _without_token(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """A command line without --hub_token, and what that said last; None if it is not there."""
+    left, kept, token = [*words], [], None
+    while left:
+        word = left.pop(0)
+        name, equals, value = word.partition("=")
+        if name not in HUB_TOKEN:
+            kept.append(word)
+        elif equals or not left or left[0].startswith("--"):
+            token = value
+        else:
+            token = left.pop(0)
+    return kept, token

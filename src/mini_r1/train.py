@@ -54,9 +54,10 @@ from mini_r1.callbacks import (
 )
 from mini_r1.data import Split, load_split, prompt_dataset
 from mini_r1.evaluate import heldout_puzzles, progress_bar, sample_batches, summarize
+from mini_r1.launch.guard import key_header
 from mini_r1.launch.machine import is_main_process
-from mini_r1.launch.plan import SERVER_HOST, owns_server
-from mini_r1.launch.vllm_server import VLLMServer
+from mini_r1.launch.plan import SERVER_HOST, owns_server, server_address
+from mini_r1.launch.vllm_server import VLLMServer, check_key
 from mini_r1.live import LiveView
 from mini_r1.manifest import DataRecord, build_manifest
 from mini_r1.model import load_tokenizer, model_error, model_path, settle_generation
@@ -67,6 +68,7 @@ from mini_r1.rollouts import RolloutRecorder
 from mini_r1.run import (
     BEFORE,
     MANIFEST_FILE,
+    PUBLISHED,
     REPORT_FILE,
     SAMPLES_FOLDER,
     SUMMARY_FILE,
@@ -272,6 +274,7 @@ def _arguments(recipe: Recipe) -> tuple[ModelConfig, GRPOConfig, int | None]:
             "revision": model_args.model_revision,
             "dtype": model_args.dtype,
             "attn_implementation": model_args.attn_implementation,
+            "use_safetensors": True,
             **(given.get("model_init_kwargs") or {}),
         }
         args = GRPOConfig(**given)
@@ -316,6 +319,10 @@ def _build_trainer(
         reward.check_columns(name for name in dataset.column_names if name != "prompt")
     set_seed(args.seed)  # the weights of a fresh LoRA adapter
     quirks.quiet_unscored_completions()
+    quirks.upload_only(PUBLISHED)
+    if address := args.vllm_server_base_url or server_address(recipe):
+        check_key(address)
+        quirks.show_key(address, key_header())
     name = recipe.model["model_name_or_path"]
     try:
         trainer = GRPOTrainer(

@@ -249,7 +249,8 @@ def test_trackers_that_need_nothing(at_home, monkeypatch, chosen):
 
 def test_writing_to_the_hub_needs_a_token(at_home, monkeypatch):
     assert at_home("--push_to_hub") == [
-        "push_to_hub: no hub token here; run 'hf auth login', or write push_to_hub: false"
+        "push_to_hub: no hub token here; run 'hf auth login', give --hub_token, or write "
+        "push_to_hub: false"
     ]
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     (problem,) = at_home("--push_to_hub")

@@ -244,7 +244,9 @@ def _uploads(recipe: Recipe) -> Iterator[InputError]:
     instead = "write push_to_hub: false" if key == "push_to_hub" else "leave it out"
     token = get_token()
     if not token:
-        yield InputError(f"no hub token here; run 'hf auth login', or {instead}", key=key)
+        yield InputError(
+            f"no hub token here; run 'hf auth login', give --hub_token, or {instead}", key=key
+        )
         return
     if refusal := hub.token_refusal(token):
         yield InputError(f"{refusal}; {instead}", key=key)

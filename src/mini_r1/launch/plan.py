@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mini_r1 import BAD_INPUT, SIGNALLED, InputError, Interrupted, RunFailed
+from mini_r1.launch.guard import MIDDLEWARE
 from mini_r1.launch.machine import Machine, visible_gpus
 from mini_r1.launch.memory import checkpoint_bytes, estimate_memory, has_16_bit_weights, peak
 from mini_r1.model import model_path, whole_model
@@ -31,7 +32,7 @@ from mini_r1.run import weights_of
 
 LAUNCH_CONFIGS = Path("configs/accelerate_configs")
 TRAINING_SCRIPT = Path("scripts/run_r1_grpo.py")
-SERVER_HOST = "127.0.0.1"  # its development endpoints can replace the weights
+SERVER_HOST = "127.0.0.1"
 SERVER_MEMORY_UTILIZATION = 0.9  # of a GPU that the server has for itself
 ONE_GPU_RECIPE = "recipes/grpo-qwen-2.5-3b-1gpu.yaml"
 
@@ -293,7 +294,8 @@ def server_command(
 ) -> list[str]:
     """The vLLM server that a recipe needs, as arguments of a Python interpreter.
 
-    It is the module that `vllm serve` runs; the command itself is missing from the CPU builds.
+    It is the module that `vllm serve` runs; the command itself is missing from the CPU builds. It
+    answers only to who brings the key of its environment: guard.py.
 
     Args:
         replicas: GPUs, each with the whole model.
@@ -316,6 +318,7 @@ def server_command(
         "weight-transfer-config": '{"backend": "nccl"}',
         "logprobs-mode": "processed_logprobs",
         "max-logprobs": -1,
+        "middleware": MIDDLEWARE,
     }
     command = ["-m", "vllm.entrypoints.openai.api_server"]
     for name, value in options.items():

@@ -71,7 +71,7 @@ PUBLISHED = (
     *(ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS),
     *(*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("merges.txt", "chat_template.jinja"),
-    *("README.md", REPORT_FILE, RECIPE_FILE, MANIFEST_FILE, SUMMARY_FILE),
+    *("README.md", REPORT_FILE, RECIPE_FILE, MANIFEST_FILE),
     *(f"{EVAL_FOLDER}/*.json", f"{SAMPLES_FOLDER}/*.txt"),
 )
 # The variables by which trackers are told to keep their files in the run folder.

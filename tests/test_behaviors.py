@@ -1,4 +1,3 @@
-import time
 from dataclasses import replace
 
 import pytest
@@ -7,6 +6,7 @@ from hypothesis import strategies as st
 
 from mini_r1.bases.cold_start import COLD_STARTS, traces
 from mini_r1.behaviors import Behavior, behavior, summarize_behaviors
+from tests.hostile import HOSTILE, fuzz
 
 NUMS = (8, 13, 3)
 
@@ -59,16 +59,11 @@ def test_counts_the_tries_of_generated_traces():
         assert seen == Behavior(2 * lines, 2 * lines, lines, True, " yes" not in trace.completion)
 
 
-@given(st.text(alphabet="0123456789+-*/=()., \n<>/answerthink", max_size=400))
+@given(st.text(alphabet="0123456789+-*/=()., \n<>/answerthink", max_size=400) | HOSTILE)
+@fuzz
 def test_never_raises(text):
     seen = behavior(text, 24, NUMS)
     assert 0 <= seen.true_claims <= seen.claims
-
-
-def test_is_linear_in_the_length():
-    started = time.perf_counter()
-    behavior("8+13=21, 21+3=24 low\n" * 2000, 24, NUMS)
-    assert time.perf_counter() - started < 2
 
 
 def test_summary():

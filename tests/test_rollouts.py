@@ -4,12 +4,17 @@ import json
 import traceback
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy
 import pandas
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import TrainerState
 
 from mini_r1 import InputError, RunFailed
 from mini_r1.recipe import TaskConfig
@@ -24,6 +29,7 @@ from mini_r1.rollouts import (
     read_samples,
     rewind_samples,
 )
+from tests.hostile import HOSTILE, TEXTS, fuzz, is_inert
 
 # ---- The recorder ---------------------------------------------------------------------------
 
@@ -290,7 +296,32 @@ def test_a_completion_cannot_forge_an_entry(tmp_path, text):
     append_samples(tmp_path, samples(3, text=text))
     kept = read_samples(tmp_path / ALL_FILE)
     assert {sample.step for sample in kept} == {3}
-    assert {sample.text.replace("\n ====", "\n====") for sample in kept} == {text}
+    assert {sample.text for sample in kept} == {text}
+
+
+@given(st.lists(HOSTILE, min_size=1, max_size=4), HOSTILE)
+@fuzz
+def test_any_text_is_kept_inert_and_reads_back_as_it_was(texts, asked):
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for row in ({"nums": [1, 2], "target": 3}, {"question": asked}):
+            written = [Rollout(i, row, {"a": 1.0}, text, "a") for i, text in enumerate(texts)]
+            for rollout in written:
+                append_samples(folder, [rollout] * 40)
+        for file in folder.iterdir():
+            assert is_inert(file.read_bytes().decode())
+        kept = read_samples(folder / ALL_FILE)
+        assert len(kept) > len(texts)
+        assert {(each.step, each.text) for each in kept} <= {*enumerate(texts)}
+        assert all(each.row in ({"nums": [1, 2], "target": 3}, row) for each in kept)
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_the_corpus_reads_back_as_it_was(tmp_path, text):
+    append_samples(tmp_path, samples(3, text=text))
+    kept = read_samples(tmp_path / ALL_FILE)
+    assert {(sample.step, sample.text) for sample in kept} == {(3, text)}
+    assert is_inert((tmp_path / ALL_FILE).read_bytes().decode())
 
 
 def test_rewinding_drops_the_later_steps(tmp_path):
@@ -338,8 +369,7 @@ def test_the_rows_of_another_task_are_kept_as_they_are(tmp_path):
     assert first.question == "words a \"b\" rewards {c} d, level {'of': 1}"
     kept, solved = (read_samples(tmp_path / name) for name in (ALL_FILE, SOLVED_FILE))
     assert {(each.step, str(each.row), each.judge) for each in kept} == {(5, str(row), "a")}
-    # What looks like the head of an entry is indented.
-    assert {each.text for each in kept} <= {f" {texts[0]}", texts[1].replace("\n=", "\n =")}
+    assert {each.text for each in kept} == {*texts}
     assert {each.score for each in solved} == {1.0}
     rewind_samples(tmp_path, 4)
     assert read_samples(tmp_path / ALL_FILE) == []

@@ -19,7 +19,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mini_r1 import BAD_INPUT, FAILED, INTERRUPTED, InputError, RunFailed, __version__
+from mini_r1 import BAD_INPUT, FAILED, INTERRUPTED, InputError, RunFailed, __version__, visible
 from mini_r1.model import EMBEDDED_BASES
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def exit_code(command: Callable[[], None]) -> int:
         command()
     except (InputError, RunFailed) as error:
         if isinstance(error, RunFailed) or is_main_process():
-            print(f"error: {error}", file=sys.stderr)
+            print(visible(f"error: {error}"), file=sys.stderr)
         return BAD_INPUT if isinstance(error, InputError) else FAILED
     except KeyboardInterrupt as interrupt:
         if is_main_process():

@@ -126,11 +126,6 @@ def marked(text: str) -> Iterator[tuple[str, bool | None]]:
     yield text[position:], None
 
 
-def printable(text: str) -> str:
-    """The text without control characters, by which a model could write anywhere on a terminal."""
-    return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
-
-
 @dataclass(frozen=True)
 class _Side:
     """One side of an equation, its place in the text, and what it is worth."""

@@ -207,7 +207,7 @@ def _finish(
     if trainer.accelerator.is_main_process:
         start.sign(run_dir)
         tokenizer.save_pretrained(run_dir)
-        trainer.create_model_card(dataset_name=recipe.task.dataset_id_or_path)
+        trainer.create_model_card(dataset_name=one_line(recipe.task.dataset_id_or_path))
         write_report([run_dir], run_dir / REPORT_FILE)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()

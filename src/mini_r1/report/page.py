@@ -4,8 +4,8 @@
     mini-r1 report runs/seed-1 runs/seed-2 --output both.html
     mini-r1 report runs/big --reference curve.csv   # columns: step, and charts such as success
 
-What is shown is chosen here; the markup is in page.html.jinja, which escapes all that it is given,
-so that a completion cannot change the page.
+What is shown is chosen here; the markup is in page.html.jinja, which makes visible and escapes all
+that it is given, so that a completion cannot change the page.
 """
 
 import csv

@@ -239,6 +239,11 @@ async def later(completions, **columns):
 def wild(completions, **columns):
     return [2.0] * len(completions)
 
+def falsifying(completions, words, **columns):
+    completions[:] = ["forged"] * len(completions)
+    words[:] = ["forged"] * len(words)
+    return [1.0] * len(completions)
+
 def none(completions, **columns):
     return [None] * len(completions)
 """
@@ -267,6 +272,13 @@ def evaluated(task):
     )
     samples = [sample for _, batch in batches for sample in batch]
     return summarize(samples, task), [puzzle.columns["words"] for puzzle in puzzles]
+
+
+def test_a_reward_changes_no_example(own_task):
+    result, words = evaluated(own_task("my_task.falsifying"))
+    assert result["success"] == 1.0
+    assert "forged" not in json.dumps(result["examples"])
+    assert [example["row"]["words"] for example in result["examples"]] == words[:3]
 
 
 def test_the_mean_of_a_reward_is_reported(own_task):

@@ -254,6 +254,62 @@ def test_completions_that_nothing_scores_are_told_of_once(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+# ---- What rewards may change ----------------------------------------------------------------
+
+
+def falsifying(completions, nums, words, trainer_state, **columns):
+    """Changes everything it can lay its hands on."""
+    completions[:] = ["</think>\n<answer>1+2</answer>"] * len(completions)
+    for row, word in zip(nums, words, strict=True):
+        row.clear()
+        word["of"]["deep"] = "changed"
+        word["new"] = True
+    for column in columns.values():
+        if isinstance(column, list):
+            column.clear()
+    trainer_state.global_step = 99
+    trainer_state.log_history[0]["reward"] = 9.9
+    trainer_state.should_training_stop = True
+    return [1.0] * len(completions)
+
+
+async def falsifying_later(**columns):
+    return falsifying(**columns)
+
+
+@pytest.mark.parametrize("reward", [falsifying, falsifying_later])
+def test_a_reward_falsifies_nothing(tmp_path, reward):
+    def columns():
+        return {
+            "prompts": ["p"] * 2,
+            "completions": [*TWO],
+            "completion_ids": [[1, 2], [3]],
+            "nums": [[1, 2], [1, 2]],
+            "target": [3, 3],
+            "words": [{"of": {"deep": [1]}} for _ in TWO],
+        }
+
+    state = TrainerState(global_step=4, log_history=[{"reward": 0.5}])
+    seen, given, recorder = [], columns(), RolloutRecorder(tmp_path)
+
+    def honest(log_metric, trainer_state, log_extra, **columns):
+        seen.append((columns, trainer_state.global_step))
+        return [0.0, 0.0]
+
+    rewards = [RewardFunction(each.__name__, each.__name__, (), each) for each in (reward, honest)]
+    for function in recorder.watch(rewards):
+        logging = {"log_metric": lambda *_: None, "log_extra": lambda *_: None}
+        returned = function(**given, trainer_state=state, **logging)
+        if inspect.isawaitable(returned):
+            asyncio.run(returned)
+    assert given == columns()  # what TRL goes on with
+    assert seen == [(columns(), 4)]  # what the next reward gets
+    assert (state.global_step, state.log_history) == (4, [{"reward": 0.5}])
+    assert recorder.latest.text == TWO[0]
+    assert recorder.latest.row == {"nums": [1, 2], "target": 3}
+    assert recorder.latest.step == 5
+
+
 # ---- The files ------------------------------------------------------------------------------
 
 

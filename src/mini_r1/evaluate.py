@@ -399,7 +399,7 @@ def success_of(
         RunFailed: it says something else.
     """
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    returned = reward.function(
+    returned = reward.call(
         prompts=list(prompts),
         completions=list(texts),
         completion_ids=list(ids),

@@ -5,6 +5,7 @@ completion out. A malformed completion scores 0. A defect (a missing column, a t
 number) raises; it is never turned into reward 0.
 """
 
+import copy
 import difflib
 import functools
 import importlib
@@ -22,7 +23,7 @@ from fractions import Fraction
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from mini_r1 import InputError, RunFailed, one_line
@@ -141,6 +142,14 @@ class RewardFunction:
         except TypeError as error:
             raise _uncallable(self.path, error, there) from None
 
+    def call(self, **columns: Any) -> Any:
+        """What the function returns, or the coroutine that it gives.
+
+        It gets copies: what it changes is neither recorded, nor seen by other rewards, nor trained
+        on.
+        """
+        return self.function(**{name: _copied(value) for name, value in columns.items()})
+
     @contextmanager
     def blamed(self, step: int) -> Generator[None]:
         """An exception of the function names it, and is a defect, whatever it is."""
@@ -194,6 +203,22 @@ def _number(entry: Any) -> float | None:
         return float(entry.item() if hasattr(entry, "item") else entry)
     except (TypeError, ValueError, OverflowError):
         return float("nan")
+
+
+# What cannot be changed is its own copy.
+_FIXED = frozenset((str, int, float, bool, bytes, type(None), FunctionType, MethodType))
+
+
+def _copied(value: Any) -> Any:
+    """A copy, all that it holds included; functions stay what they are."""
+    kind = type(value)
+    if kind in _FIXED:
+        return value
+    if kind is list:
+        return value.copy() if _FIXED.issuperset(map(type, value)) else [*map(_copied, value)]
+    if kind is dict:
+        return dict(zip(value, map(_copied, value.values()), strict=True))
+    return copy.deepcopy(value)
 
 
 def _short(value: Any) -> str:

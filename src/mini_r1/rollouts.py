@@ -102,12 +102,12 @@ class RolloutRecorder:
     def _watched(self, reward: RewardFunction) -> Callable[..., Any]:
         async def watched_coroutine(**columns: Any) -> list[float | None]:
             with reward.blamed(_step(columns)):
-                returned = await reward.function(**columns)
+                returned = await reward.call(**columns)
             return self._note(reward, returned, columns)
 
         def watched(**columns: Any) -> list[float | None]:
             with reward.blamed(_step(columns)):
-                returned = reward.function(**columns)
+                returned = reward.call(**columns)
             return self._note(reward, returned, columns)
 
         function = watched_coroutine if reward.is_async else watched

@@ -328,7 +328,7 @@ def test_a_text_in_a_file_is_the_whole_prompt(tmp_path):
     ("name", "text", "problem"),
     [
         ("none.yaml", None, "none.yaml cannot be read: No such file or directory"),
-        ("p.yaml", "- [", "p.yaml is not valid YAML"),
+        ("p.yaml", "- [", "p.yaml: line 1: not valid YAML"),
         ("p.yaml", "user: hello", "want a list of messages"),
         ("p.yaml", "- {role: user}", "want a list of messages"),
         ("p.yaml", "- {role: user, content: 3}", "want a list of messages"),

@@ -650,11 +650,11 @@ def _machine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _mapping(text: str) -> dict:
-    import yaml
+    from mini_r1.files import load_yaml
 
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = load_yaml(text)
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("want a mapping such as '{nums: numbers}'")

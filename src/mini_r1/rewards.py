@@ -275,7 +275,7 @@ def _find(path: str) -> RewardFunction:
     function: Any = module
     for part in attribute.split("."):
         with _told_in_one_line(path):
-            known = hasattr(function, part)
+            known = part.isidentifier() and hasattr(function, part)
         if not known:
             near = difflib.get_close_matches(part, _functions(module), n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"it has {_listed(_functions(module))}"
@@ -316,7 +316,7 @@ def _import_file(path: str, file: Path) -> ModuleType:
     """A module from its file, under a name that no other module can have."""
     try:
         file = file.expanduser().resolve()
-    except RuntimeError as error:  # the home folder of nobody
+    except (RuntimeError, ValueError) as error:  # the home folder of nobody, or no path at all
         raise _error(f"'{path}': {one_line(error)}") from None
     if not file.is_file():
         raise _error(f"no file {file}")

@@ -302,6 +302,7 @@ def _build_trainer(
         reward.check_columns(name for name in dataset.column_names if name != "prompt")
     set_seed(args.seed)  # the weights of a fresh LoRA adapter
     quirks.quiet_unscored_completions()
+    quirks.make_logged_completions_visible()
     name = recipe.model["model_name_or_path"]
     try:
         trainer = GRPOTrainer(

@@ -1,11 +1,15 @@
+import re
 import time
+from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from mini_r1.behaviors import behavior
 from mini_r1.completion import claims, marked, parse_completion
 from mini_r1.rewards import equation_reward, format_reward
+from tests.countdown.reference import reference_value
 from tests.hostile import CORPUS, HOSTILE, fuzz
 
 
@@ -64,6 +68,50 @@ def test_finds_the_arithmetic_claims(text, expected):
         spelt_out = text[claim.start : claim.end]
         assert spelt_out.startswith(claim.left)
         assert spelt_out.endswith(claim.right)
+
+
+def reference_claims(text):
+    """What a claim is, in words that can be read and in time that grows with the square."""
+    text = re.sub(r"(?m)^[ \t]*[-*][ \t]+", lambda bullet: " " * len(bullet[0]), text)
+    for run in re.finditer(r"[0-9+\-*/()= \t]+", text):
+        sides = run[0].split("=")
+        if re.match(r"\.[0-9]", text[run.end() :]):
+            sides.pop()
+        for left, right in pairwise(map(outermost_dropped, sides)):
+            values = reference_value(left), reference_value(right)
+            if all(values) and not left.removeprefix("-").isdigit():
+                yield left, right, values[0][1], values[1][0], values[0][0] == values[1][0]
+
+
+def outermost_dropped(side):
+    while side:
+        unclosed = side.count("(") - side.count(")")
+        if side[0] in " \t)" or (side[0] == "(" and unclosed > 0):
+            side = side[1:]
+        elif side[-1] in " \t(" or (side[-1] == ")" and unclosed < 0):
+            side = side[:-1]
+        else:
+            break
+    return side
+
+
+SIDES = st.text(alphabet="0123456789+-*/()() \t\n", max_size=12)
+EQUATIONS = st.lists(SIDES, min_size=2, max_size=4).map("=".join)
+RUNNING = st.lists(EQUATIONS | st.sampled_from([" so ", ".5", ".", "\n- ", "(", ")"]), max_size=6)
+
+
+@given(RUNNING.map("".join))
+@fuzz
+@example("((8+13=21)) (so)")
+@example(")(1+1 = 2 and (((1+1) = 2")
+@example(")(2)*(3 = (6)( ( = 6)")
+def test_claims_agree_with_a_reference(text):
+    found = list(claims(text))
+    judged = [(each.left, each.right, list(each.numbers), each.value, each.true) for each in found]
+    assert judged == list(reference_claims(text))
+    assert [text[each.start : each.start + len(each.left)] for each in found] == [
+        each.left for each in found
+    ]
 
 
 def test_marked_parts_make_the_whole():

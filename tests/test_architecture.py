@@ -32,6 +32,7 @@ ORDER = [
     "manifest",
     "rollouts",
     "lock",
+    "stdio",
     "run",
     "tables",
     "data",

@@ -27,7 +27,6 @@ from mini_r1.rollouts import (
     RolloutRecorder,
     append_samples,
     read_samples,
-    rewind_samples,
 )
 from tests.hostile import HOSTILE, TEXTS, fuzz, is_inert
 
@@ -70,19 +69,6 @@ def test_only_rank_zero_writes_and_every_rank_logs_behaviors_once(tmp_path):
     # No claims at all: no true_arithmetic.
     expected = {"behaviors/tries": 0.0, "behaviors/verified": 0.0, "behaviors/gave_up": 1.0}
     assert logged == list(expected.items())
-
-
-def test_a_resumed_run_ends_with_the_same_files(tmp_path):
-    straight, resumed = (RolloutRecorder(tmp_path / name) for name in ("straight", "resumed"))
-    for step in (1, 2, 3, 4):
-        feed(straight, step)
-    for step in (1, 2, 3):
-        feed(resumed, step)
-    rewind_samples(resumed.folder, 2)
-    for step in (3, 4):
-        feed(resumed, step)
-    for name in (ALL_FILE, SOLVED_FILE):
-        assert (straight.folder / name).read_bytes() == (resumed.folder / name).read_bytes()
 
 
 # ---- What rewards return --------------------------------------------------------------------
@@ -380,15 +366,6 @@ def test_the_corpus_reads_back_as_it_was(tmp_path, text):
     assert is_inert((tmp_path / ALL_FILE).read_bytes().decode())
 
 
-def test_rewinding_drops_the_later_steps(tmp_path):
-    append_samples(tmp_path, samples(1))
-    kept = {name: (tmp_path / name).read_bytes() for name in (ALL_FILE, SOLVED_FILE)}
-    append_samples(tmp_path, samples(2, text="a\rb"))
-    rewind_samples(tmp_path, 1)
-    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
-    rewind_samples(tmp_path / "absent", 1)
-
-
 def test_a_sample_names_its_puzzle():
     assert samples(1)[0].question == "make 2 from 1, 1"
 
@@ -427,8 +404,6 @@ def test_the_rows_of_another_task_are_kept_as_they_are(tmp_path):
     assert {(each.step, str(each.row), each.judge) for each in kept} == {(5, str(row), "a")}
     assert {each.text for each in kept} == {*texts}
     assert {each.score for each in solved} == {1.0}
-    rewind_samples(tmp_path, 4)
-    assert read_samples(tmp_path / ALL_FILE) == []
 
 
 def test_without_a_reward_for_success_none_is_told(tmp_path):

@@ -1,11 +1,12 @@
 """Mini-R1: see reinforcement learning teach a language model to reason, on the Countdown game."""
 
 import re
+import signal
 from pathlib import Path
 
 __version__ = "0.1.0"
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes; the last is a shell's for Ctrl-C
+FAILED, BAD_INPUT, SIGNALLED = 1, 2, 128  # exit codes; the last as in a shell, plus the signal
 
 
 class InputError(ValueError):
@@ -21,6 +22,19 @@ class InputError(ValueError):
         self.problem, self.key, self.where = problem, key, where
         parts = (where, None if where == f"--{key}" else key, problem)
         super().__init__(": ".join(str(part) for part in parts if part is not None))
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a command; it prints this and how to go on, and exits with 128 and the signal.
+
+    Args:
+        said: how far it came.
+        number: of the signal.
+    """
+
+    def __init__(self, said: str, number: int = signal.SIGINT):
+        super().__init__(said)
+        self.number = number
 
 
 class RunFailed(RuntimeError):

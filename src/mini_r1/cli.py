@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mini_r1 import BAD_INPUT, FAILED, INTERRUPTED, InputError, RunFailed, __version__, visible
+from mini_r1 import BAD_INPUT, FAILED, SIGNALLED, InputError, RunFailed, __version__, visible
 from mini_r1.model import EMBEDDED_BASES
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def exit_code(command: Callable[[], None]) -> int:
         # CPython 3.11 remembers a Ctrl-C that came into code from a string, as dataclasses have it,
         # and `python -m` would die of it in the end; any other such code makes it forget.
         exec("")
-        return INTERRUPTED
+        return SIGNALLED + getattr(interrupt, "number", signal.SIGINT)
     return 0
 
 
@@ -97,14 +98,33 @@ def train_here(recipe: "Recipe") -> None:
     from mini_r1.launch.machine import end_with_launcher, is_main_process, num_processes
     from mini_r1.launch.plan import check_processes
     from mini_r1.lock import FolderLock
+    from mini_r1.stdio import outlive_readers
 
     check_processes(recipe, num_processes())
     end_with_launcher()
+    outlive_readers()
     try:
         with FolderLock(recipe.run_dir) if is_main_process() else nullcontext():
             _train(recipe)
     except InputError as error:
         raise recipe.place(error) from error
+    except Exception as error:
+        if _of_a_full_disk(error):
+            raise RunFailed(
+                f"the disk under {recipe.run_dir} is full; make room, and the same command goes on"
+            ) from None
+        raise
+
+
+def _of_a_full_disk(error: BaseException | None) -> bool:
+    """Whether this came of a disk, or its quota, that is full; libraries wrap it in their ways."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(said in str(error) for said in ("os error 28", "os error 122", "inline_container")):
+            return True  # safetensors; torch.save
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _train(recipe: "Recipe") -> None:

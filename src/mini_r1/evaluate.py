@@ -181,7 +181,8 @@ def sample_batches(
         max_completion_length: in tokens; longer completions are cut and count as truncated.
         chat_template_kwargs: see `PromptTemplate.renderer`.
         columns: further ones of the puzzles: `Split.columns`.
-        on_batch: called after each batch with the number of completions it held.
+        on_batch: called after each batch with the number of its completions; by all processes,
+            also by one that has only repeated a batch.
 
     Returns:
         (batch index, its samples), the samples of one puzzle side by side.
@@ -219,6 +220,7 @@ def sample_batches(
             )
 
             # Judge: [batch * num_samples, completion].
+            kept = []
             if index == first + process:
                 completions = sequences[:, inputs["input_ids"].shape[1] :].tolist()
                 kept, truncated = _cut(completions, stops)
@@ -236,7 +238,7 @@ def sample_batches(
                     strict=True,
                 )
                 batches.append((index, [Sample(*each) for each in columns_of_samples]))
-                on_batch(len(completions))
+            on_batch(len(kept))
     model.train(was_training)
     return batches
 

@@ -82,7 +82,7 @@ class LiveView(TrainerCallback):
             streams = (sys.stdout, sys.stderr)
             self._restore_terminal = _quiet_ctrl_c(console)
             self._live = Live(
-                get_renderable=lambda: self._panel(state),
+                get_renderable=lambda: self._panel(state, control),
                 console=console,
                 refresh_per_second=REFRESHES,
             )
@@ -107,16 +107,14 @@ class LiveView(TrainerCallback):
         samples = self._micro_batches % (args.steps_per_generation * args.num_iterations) == 0
         self._phase, self._sampled = "sampling" if samples else "learning", self._recorder.latest
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if control.should_save:
-            self._phase = "saving"
-
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
         """What the run does meanwhile, as the panel says it."""
         before, self._phase = self._phase, name
-        yield
-        self._phase = before
+        try:
+            yield
+        finally:
+            self._phase = before
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self._live is not None:
@@ -135,7 +133,7 @@ class LiveView(TrainerCallback):
                 "  ".join([step, *figures(state.log_history), self._time_left(state)]), flush=True
             )
 
-    def _panel(self, state: Any) -> Panel:
+    def _panel(self, state: Any, control: Any) -> Panel:
         # How far it is.
         progress = Table.grid(padding=(0, 1), expand=True)
         progress.add_column(no_wrap=True)
@@ -145,7 +143,8 @@ class LiveView(TrainerCallback):
         progress.add_row(f"step {state.global_step}/{state.max_steps}", bar, self._time_left(state))
         sampled = self._phase == "sampling" and self._recorder.latest is not self._sampled
         elapsed = timedelta(seconds=int(time.monotonic() - self._started))
-        phase = f"{'learning' if sampled else self._phase}, {elapsed} elapsed"
+        doing = "saving" if control.should_save else "learning" if sampled else self._phase
+        phase = f"{doing}, {elapsed} elapsed"
 
         # How good it is.
         history = state.log_history

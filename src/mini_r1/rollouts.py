@@ -73,8 +73,7 @@ class RolloutRecorder:
     """Logs how the model behaves, and keeps some of its completions.
 
     It watches the reward functions, so it sees exactly what was judged. Behaviours are logged over
-    the completions of all ranks; rank 0 keeps completions of its own. With `rewind_samples` before
-    a resume the files end up as if never interrupted.
+    the completions of all ranks; rank 0 keeps completions of its own.
 
     Attributes:
         latest: a fresh completion, on the main process.
@@ -205,15 +204,6 @@ def read_samples(file: Path) -> list[Rollout]:
         judge = {None: "equation_reward", NO_JUDGE: None}.get(judge, judge)
         rollouts.append(Rollout(int(step), asked, json.loads(rewards), text, judge))
     return rollouts
-
-
-def rewind_samples(folder: Path, step: int) -> None:
-    """Drop what was sampled in later steps than the one to resume from."""
-    for name in (ALL_FILE, SOLVED_FILE):
-        if (path := folder / name).exists():
-            content = path.read_bytes().decode()
-            starts = (head.start() for head in _HEAD.finditer(content) if int(head[1]) > step)
-            path.write_bytes(content[: next(starts, len(content))].encode())
 
 
 def _entry(rollout: Rollout) -> str:

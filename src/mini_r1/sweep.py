@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from mini_r1 import INTERRUPTED, InputError
+from mini_r1 import SIGNALLED, InputError
 from mini_r1.files import load_yaml, read_text, reason
 from mini_r1.manifest import weights_hash
 from mini_r1.metrics import METRICS, SWEEP_CURVE
@@ -202,7 +202,7 @@ def _run(
         write_json(sweep.record_file(settings, seed), record_of(run_dir))
         print(f"done  {run_dir}", flush=True)
         return None
-    stopped = paused or code in (INTERRUPTED, -signal.SIGTERM)
+    stopped = paused or code > SIGNALLED or code == -signal.SIGTERM
     print(f"{'stopped' if stopped else 'FAILED'}  {run_dir}", flush=True)
     return log
 

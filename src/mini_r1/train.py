@@ -22,6 +22,7 @@ and Ctrl-C make it save and stop. Left out on purpose: any trainer, loss or samp
 import importlib.util
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from operator import itemgetter
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -38,14 +39,16 @@ from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 from trl.models.utils import unwrap_model_for_generation
 
-from mini_r1 import InputError, one_line, quirks
+from mini_r1 import InputError, Interrupted, one_line, quirks
 from mini_r1.callbacks import (
     CheckpointMarker,
     CheckpointSigner,
     HeldOutEvaluation,
+    LastEvaluation,
     NoStepTooMany,
     NothingLeft,
     PauseOnRequest,
+    StopRequested,
     TensorBoard,
     TrainClock,
 )
@@ -60,7 +63,7 @@ from mini_r1.model import load_tokenizer, model_error, model_path, settle_genera
 from mini_r1.recipe import Recipe
 from mini_r1.report.page import write_report
 from mini_r1.rewards import get_reward_functions
-from mini_r1.rollouts import RolloutRecorder, rewind_samples
+from mini_r1.rollouts import RolloutRecorder
 from mini_r1.run import (
     BEFORE,
     MANIFEST_FILE,
@@ -70,12 +73,13 @@ from mini_r1.run import (
     Evaluation,
     Summary,
     check_same_start,
-    checkpoint_step,
     checkpoint_to_resume,
+    discard_old_checkpoints,
     evaluation_file,
     finished_summary,
     load_evaluation,
     mark_paused,
+    rewind,
     unmark_paused,
     write_json,
     write_recipe,
@@ -98,7 +102,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
         InputError: the recipe, its model or its data cannot be used. `doctor.problems` tells most
             of it sooner.
         ServerDied: the vLLM server did not start.
-        KeyboardInterrupt: Ctrl-C ended the run, paused or not; the message says how far it is.
+        KeyboardInterrupt: a signal ended the run, paused or not; the message says how far it is.
     """
     run_dir = recipe.run_dir
     finished = finished_summary(recipe)
@@ -133,10 +137,10 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     trainer = _build_trainer(recipe, model_args, args, dataset, tokenizer, recorder, start.folder)
     start.loaded(trainer)
 
-    # The run folder: new, or as the last complete checkpoint left it.
+    # The run folder: new, or as the last intact checkpoint left it.
+    keep = recipe.get("save_total_limit")
     is_main = trainer.accelerator.is_main_process
-    checkpoint = checkpoint_to_resume(run_dir, is_main)
-    trainer.accelerator.wait_for_everyone()
+    (checkpoint,) = broadcast_object_list([checkpoint_to_resume(run_dir) if is_main else None])
     if is_main:
         data: DataRecord = {
             "sha256": split.hash,
@@ -146,44 +150,50 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
             "too_long": too_long,
         }
         _open_run(recipe, start.weights, trainer, data, resumed=checkpoint)
-        rewind_samples(recorder.folder, checkpoint_step(checkpoint) if checkpoint else 0)
+        rewind(run_dir, checkpoint)
+        discard_old_checkpoints(run_dir, keep)
 
     # What happens beside the loop, in the order in which it must be called.
-    def evaluate(name: str) -> Evaluation:
-        file = evaluation_file(run_dir, name)
-        with live.phase("evaluating"):
-            return _evaluate(trainer, recipe, tokenizer, split, file)
-
     clock, pause = TrainClock(), PauseOnRequest(run_dir)
-    held_out = HeldOutEvaluation(eval_every, evaluate, partial(quirks.log_plainly, trainer))
+    live = LiveView(run_dir.name, clock, recorder)
+
+    def evaluate(name: str) -> Evaluation:
+        def on_batch() -> None:
+            if pause.stops(args, trainer.state):
+                raise StopRequested
+
+        with live.phase("evaluating"):
+            return _evaluate(trainer, recipe, tokenizer, split, name, on_batch)
+
+    log = partial(quirks.log_plainly, trainer)
+    last = LastEvaluation(evaluate, log)
+    trainer.add_callback(clock)
     if trainer.pop_callback(TensorBoardCallback):
         trainer.add_callback(TensorBoard(recipe.as_dict(), recorder))
-    live = LiveView(run_dir.name, clock, recorder)
-    signer = CheckpointSigner(start.sign)
-    for callback in (clock, signer, CheckpointMarker(), pause, live, held_out, NoStepTooMany()):
+    held_out, signer = HeldOutEvaluation(eval_every, evaluate, log), CheckpointSigner(start.sign)
+    for callback in (live, held_out, pause, signer, CheckpointMarker(keep), last, NoStepTooMany()):
         trainer.add_callback(callback)
 
     # The loop, which is TRL's, and the end.
-    with live, pause, suppress(NothingLeft):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if server:
-        server.stop()
     summary = None
-    if pause.paused:
-        if is_main:
-            step, steps = trainer.state.global_step, trainer.state.max_steps
-            mark_paused(run_dir, step)
-            if not pause.interrupted:
-                print(f"paused after step {step} of {steps}; the same command goes on from there")
-    else:
-        summary = _finish(trainer, recipe, tokenizer, held_out, clock, start)
+    with suppress(StopRequested):
+        with live, pause, suppress(NothingLeft):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if server:
+            server.stop()
+        if not pause.paused:
+            summary = _finish(trainer, recipe, tokenizer, last, clock, start)
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if pause.paused and is_main:
+        mark_paused(run_dir, step)
+        if not pause.signal:
+            print(f"paused after step {step} of {steps}; the same command goes on from there")
     # Without this, two of five ZeRO-3 runs abort at exit after their success.
     trainer.accelerator.wait_for_everyone()
     quirks.end_colocated_vllm(trainer)
     trainer.accelerator.end_training()
-    if pause.paused and pause.interrupted:
-        state = trainer.state
-        raise KeyboardInterrupt(f"paused after step {state.global_step} of {state.max_steps}")
+    if pause.paused and pause.signal:
+        raise Interrupted(f"paused after step {step} of {steps}", pause.signal)
     return summary
 
 
@@ -191,17 +201,20 @@ def _finish(
     trainer: GRPOTrainer,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
-    held_out: HeldOutEvaluation,
+    last: LastEvaluation,
     clock: TrainClock,
     start: Start,
 ) -> Summary | None:
     """Save the trained model, evaluate it and sum up; the summary is the main process's.
 
     The summary is written last: a run that was killed before it does all of this again.
+
+    Raises:
+        StopRequested: the run was asked to stop, and is to do all of this again.
     """
     run_dir = recipe.run_dir
     trainer.save_model(str(run_dir))
-    after = held_out.result_after()
+    after = last.result()
     trainer.save_state()  # every logged scalar
     summary = None
     if trainer.accelerator.is_main_process:
@@ -242,9 +255,10 @@ def describe(summary: Summary) -> str:
 def _arguments(recipe: Recipe) -> tuple[ModelConfig, GRPOConfig, int | None]:
     """TRL's arguments, and every how many steps to evaluate on held-out puzzles.
 
-    The evaluation is our own, not the Trainer's.
+    The evaluation is our own, not the Trainer's, and so is the end of old checkpoints.
     """
     given = dict(recipe.training)
+    given.pop("save_total_limit", None)
     strategy, eval_steps = given.pop("eval_strategy", "no"), given.pop("eval_steps", None)
     try:
         model_args = ModelConfig(**recipe.model)
@@ -335,7 +349,7 @@ def _open_run(
     commit = quirks.hub_commit(trainer.model)
     manifest = build_manifest(resolved, model_path(weights), commit, data)
     if resumed is not None:
-        check_same_start(run_dir, manifest["model"])
+        check_same_start(run_dir, manifest)
     unmark_paused(run_dir)
     write_recipe(run_dir, resolved)
     if resumed is None:
@@ -352,9 +366,14 @@ def _evaluate(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     split: Split,
-    file: Path,
+    name: str,
+    after_batch: Callable[[], None],
 ) -> Evaluation:
     """Evaluate the model as it is now, batches shared among all processes.
+
+    Args:
+        name: of the evaluation.
+        after_batch: called by all processes together.
 
     Returns:
         the whole result, on every process.
@@ -366,13 +385,18 @@ def _evaluate(
 
     # Each process samples its share.
     completions = len(puzzles) * task.num_eval_samples
-    bar = progress_bar(completions, file.stem, shown=accelerator.is_main_process)
+    bar = progress_bar(completions, name, shown=accelerator.is_main_process)
     unwrapped = unwrap_model_for_generation(
         trainer.model_wrapped,  # ty: ignore[invalid-argument-type]  (bare models are fine, too)
         accelerator,
         gradient_checkpointing_kwargs=recipe.get("gradient_checkpointing_kwargs"),
     )
-    with bar as on_batch, unwrapped as model:
+    with bar as advance, unwrapped as model:
+
+        def on_batch(new: int) -> None:
+            advance(new)
+            after_batch()
+
         batches = sample_batches(
             model,
             tokenizer,
@@ -396,10 +420,10 @@ def _evaluate(
         seconds=round(time.monotonic() - started, 1),
     )
     if accelerator.is_main_process:
-        write_json(file, result)
+        write_json(evaluation_file(recipe.run_dir, name), result)
         low, high = result["ci95"]
         interval = f"95 % interval {low:.1%} to {high:.1%}"
-        print(f"{file.stem}: held-out success {result['success']:.1%} ({interval})", flush=True)
+        print(f"{name}: held-out success {result['success']:.1%} ({interval})", flush=True)
     return result
 
 

@@ -23,6 +23,7 @@ from mini_r1.callbacks import (
 )
 from mini_r1.rollouts import Rollout
 from mini_r1.run import last_complete_checkpoint, mark_begun, mark_complete, request_stop
+from tests.hostile import TEXTS, is_inert
 
 
 @pytest.fixture
@@ -260,6 +261,26 @@ def test_a_mean_of_nothing_is_not_for_tensorboard(tmp_path, monkeypatch, caplog)
     assert [event.value for event in events.Scalars("train/reward")] == [1.0]
 
 
+def test_no_text_acts_in_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
+    recorder = SimpleNamespace(latest=None)
+    board = TensorBoard({"columns": "\ud800\x1b[2J"}, recorder)
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    state = TrainerState(global_step=0, max_steps=1)
+    board.on_train_begin(args, state, None)
+    board.on_log(args, state, None, logs={"eval_success": 0.25})
+    for state.global_step, text in enumerate(TEXTS, 1):
+        recorder.latest = Rollout(state.global_step, {"question": text}, {}, text, None)
+        board.on_log(args, state, None, logs={"reward": 1.0})
+    board.on_train_end(args, state, None)
+    events = EventAccumulator(str(tmp_path), {"tensors": 0}).Reload()
+    shown = [each.tensor_proto.string_val[0] for each in events.Tensors("samples/text_summary")]
+    assert len(shown) == len(TEXTS)
+    for text in map(bytes.decode, shown):
+        assert is_inert(text)
+        assert all(line.startswith("    ") for line in text.split("\n"))  # Markdown's code
+
+
 def test_tensorboard_gets_scalars_the_recipe_and_samples(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
     recorder = SimpleNamespace(latest=None)
@@ -282,7 +303,7 @@ def test_tensorboard_gets_scalars_the_recipe_and_samples(tmp_path, monkeypatch):
     texts = events.Tensors("samples/text_summary")
     assert [event.step for event in texts] == list(range(1, 101, 5))
     text = texts[0].tensor_proto.string_val[0].decode()
-    assert text == "make 3 from 1, 2: failed\n\n    1+2\n    </think>"
+    assert text == "    make 3 from 1, 2: failed\n    \n    1+2\n    </think>"
 
     def hparams(name):
         metadata = events.summary_metadata[f"_hparams_/{name}"]

@@ -13,6 +13,7 @@ from mini_r1 import InputError, RunFailed
 from mini_r1.cli import exit_code, main
 from mini_r1.countdown.expression import is_solution
 from mini_r1.launch.machine import LAUNCH_VARIABLES
+from tests.hostile import is_inert
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ORIGINAL = RECIPES / "grpo-qwen-2.5-3b-deepseek-r1-countdown.yaml"
@@ -207,6 +208,15 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
     assert message in error
     assert "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x\x1b[2J", "x\u202e", "x\udce9", "x\r\x9b2J"])
+def test_no_name_acts_in_a_message(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", name]) == 2
+    assert is_inert(capsys.readouterr().err)
+    assert main(["train", str(TINY), f"--{name}", "1", "--dry-run"]) == 2
+    assert is_inert(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from transformers import TrainerControl, TrainerState
 from mini_r1 import live
 from mini_r1.live import LEGEND, LiveView, figures, sparkline
 from mini_r1.rollouts import Rollout
+from tests.hostile import TEXTS, is_inert
 
 LOGS = {
     "reward": 1.25,
@@ -129,7 +130,8 @@ def test_the_panel_shows_figures_and_a_fresh_sample_with_its_verdict(view, termi
     for text in ("step 3/40", "ended, 1:08:20 elapsed", *FIGURES, held_out, puzzle, LEGEND):
         assert text in last, text
     assert "<answer>(12+5)*4" in last
-    assert "\x1b[2J" not in shown.replace("[2J</answer>", "")  # a model cannot clear the screen
+    assert "<U+001B>[2J</answer>" in last  # a model cannot clear the screen
+    assert "\x1b" not in shown
     styled = terminal.export_text(styles=True)
     assert re.search(r"\x1b\[4;31m12\+5=18\x1b", styled)  # false arithmetic is red
     assert re.search(r"\x1b\[32m12\+5=17\x1b", styled)
@@ -186,6 +188,21 @@ def test_of_a_long_sample_the_end_is_shown(view):
     assert body.plain.startswith("… ")
     assert body.plain.endswith("the end")
     assert len(body) == live.SAMPLE_CHARS + 2
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_no_text_of_the_corpus_acts_on_the_terminal(text):
+    for part in live._shown(Rollout(1, {"question": text}, {}, text, None)):
+        assert is_inert(part.plain)
+
+
+def test_a_run_may_have_any_name(terminal):
+    view = LiveView(
+        "[/x] \x1b[2J", SimpleNamespace(train_seconds=0.0), SimpleNamespace(latest=None)
+    )
+    view.on_train_begin(None, TrainerState(max_steps=1, log_history=[]), TrainerControl())
+    view.__exit__()
+    assert "Mini-R1: [/x] <U+001B>[2J" in terminal.export_text(styles=False)
 
 
 def test_other_processes_show_nothing(view, terminal, capsys):

@@ -161,6 +161,26 @@ def test_trl_shows_all_of_a_completion_that_nothing_scored_in_every_step(trainer
     log.filters[:] = before
 
 
+def test_logged_completions_reach_the_terminal_as_they_are(monkeypatch, capsys):
+    from trl.trainer import grpo_trainer
+
+    def printed():
+        texts = ["a\x1b[2J"], ["b\x1b[2J"]
+        grpo_trainer.print_prompt_completions_sample(
+            *texts, {"r": [1.0]}, [0.5], 1, None, extra={"x": ["c\x1b[2J"]}
+        )
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(
+        grpo_trainer,
+        "print_prompt_completions_sample",
+        grpo_trainer.print_prompt_completions_sample,
+    )
+    assert printed().count("\x1b[2J") == 3
+    quirks.make_logged_completions_visible()
+    assert "\x1b" not in printed()
+
+
 def test_the_commit_of_a_hub_model_has_no_public_name():
     config = Qwen2Config()
     config._commit_hash = "abc"

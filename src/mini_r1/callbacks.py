@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 
-from mini_r1 import quirks
+from mini_r1 import quirks, visible
 from mini_r1.launch.machine import outlive_launcher
 from mini_r1.metrics import EVAL_SUCCESS, EVAL_TOKENS
 from mini_r1.rollouts import RolloutRecorder
@@ -67,7 +67,7 @@ class TensorBoard(TensorBoardCallback, ExportableState):
             return
         if state.global_step == 0 and EVAL_SUCCESS in logs:
             values = {
-                key: value if isinstance(value, bool | int | float) else str(value)
+                key: value if isinstance(value, bool | int | float) else visible(str(value))
                 for key, value in self._recipe.items()
             }
             quirks.add_hparams(self.tb_writer, values, {"eval/success": logs[EVAL_SUCCESS]})
@@ -75,9 +75,9 @@ class TensorBoard(TensorBoardCallback, ExportableState):
         apart = state.max_steps / SAMPLE_TEXTS
         if latest is not None and (shown is None or latest.step - shown >= apart):
             # Markdown leaves indented lines as they are.
-            text = "\n".join(f"    {line}" for line in latest.text.strip().splitlines())
-            title = f"{latest.question}: {latest.verdict}"
-            self.tb_writer.add_text("samples", f"{title}\n\n{text}", latest.step)
+            text = visible(f"{latest.question}: {latest.verdict}\n\n{latest.text.strip()}")
+            text = "\n".join(f"    {line}" for line in text.splitlines())
+            self.tb_writer.add_text("samples", text, latest.step)
             self._shown = latest.step
         self.tb_writer.flush()  # what a checkpoint counts on
 

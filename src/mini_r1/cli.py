@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mini_r1 import BAD_INPUT, FAILED, SIGNALLED, InputError, RunFailed, __version__
+from mini_r1 import BAD_INPUT, FAILED, SIGNALLED, InputError, RunFailed, __version__, visible
 from mini_r1.model import EMBEDDED_BASES
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def exit_code(command: Callable[[], None]) -> int:
         command()
     except (InputError, RunFailed) as error:
         if isinstance(error, RunFailed) or is_main_process():
-            print(f"error: {error}", file=sys.stderr)
+            print(visible(f"error: {error}"), file=sys.stderr)
         return BAD_INPUT if isinstance(error, InputError) else FAILED
     except KeyboardInterrupt as interrupt:
         if is_main_process():
@@ -677,11 +677,11 @@ def _machine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _mapping(text: str) -> dict:
-    import yaml
+    from mini_r1.files import load_yaml
 
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = load_yaml(text)
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("want a mapping such as '{nums: numbers}'")

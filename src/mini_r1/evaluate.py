@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mini_r1 import InputError, RunFailed, quirks
+from mini_r1 import InputError, RunFailed, quirks, visible
 from mini_r1.behaviors import behavior, summarize_behaviors
 from mini_r1.countdown.puzzles import Puzzle, uniform_hash
 from mini_r1.countdown.solver import Difficulty, difficulty
@@ -152,10 +152,10 @@ def progress_bar(
     """
     console = rich.get_console()
     disable = not (shown and console.is_interactive)
-    what = TextColumn(f"evaluating {name}")
+    what = TextColumn("{task.description}", markup=False)  # a name could hold some
     columns = (what, BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=disable) as progress:
-        task = progress.add_task(name, total=completions)
+        task = progress.add_task(f"evaluating {visible(name)}", total=completions)
         yield lambda new: progress.advance(task, new)
 
 
@@ -401,7 +401,7 @@ def success_of(
         RunFailed: it says something else.
     """
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    returned = reward.function(
+    returned = reward.call(
         prompts=list(prompts),
         completions=list(texts),
         completion_ids=list(ids),

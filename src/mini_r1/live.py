@@ -23,9 +23,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
-from mini_r1 import quirks
+from mini_r1 import quirks, visible
 from mini_r1.callbacks import TrainClock
-from mini_r1.completion import marked, printable
+from mini_r1.completion import marked
 from mini_r1.metrics import EVAL_SUCCESS, METRICS, PANEL
 from mini_r1.rollouts import Rollout, RolloutRecorder
 
@@ -51,7 +51,7 @@ class LiveView(TrainerCallback):
     """
 
     def __init__(self, name: str, clock: TrainClock, recorder: RolloutRecorder):
-        self._name, self._clock, self._recorder = name, clock, recorder
+        self._name, self._clock, self._recorder = visible(name), clock, recorder
         self._live: Live | None = None
         self._redirected: list[tuple[logging.StreamHandler, Any]] = []
         self._sample: Rollout | None = None
@@ -165,7 +165,7 @@ class LiveView(TrainerCallback):
             lines += ["", *_shown(self._sample)]
         return Panel(
             Group(*lines),
-            title=f"Mini-R1: {self._name}",
+            title=Text(f"Mini-R1: {self._name}"),  # a text could hold markup
             title_align="left",
             subtitle=LEGEND,
             subtitle_align="left",
@@ -227,6 +227,6 @@ def _shown(sample: Rollout) -> list[Text]:
     title = Text(f"step {sample.step}: {sample.question}  ", style="bold")
     title.append(sample.verdict, style="green" if sample.solved else "red")
     text = Text()
-    for part, true in marked(printable(sample.text).strip()):
-        text.append(part, style={True: "green", False: "red underline", None: ""}[true])
+    for part, true in marked(sample.text.strip()):
+        text.append(visible(part), style={True: "green", False: "red underline", None: ""}[true])
     return [title, Text("… ") + text[-SAMPLE_CHARS:] if len(text) > SAMPLE_CHARS else text]

@@ -115,6 +115,24 @@ def quiet_unscored_completions() -> None:
     )
 
 
+def make_logged_completions_visible() -> None:
+    """Let no text act on the terminal that log_completions prints.
+
+    TRL 1.16 hands it to rich 15, which lets escape sequences through.
+    """
+    from trl.trainer import grpo_trainer, utils
+
+    from mini_r1 import visible
+
+    def print_visibly(prompts: Any, completions: Any, *others: Any, extra: Any = None) -> None:
+        prompts = [visible(str(text)) for text in prompts]
+        completions = [visible(str(text)) for text in completions]
+        extra = {name: [visible(str(each)) for each in column] for name, column in extra.items()}
+        utils.print_prompt_completions_sample(prompts, completions, *others, extra=extra)
+
+    setattr(grpo_trainer, "print_prompt_completions_sample", print_visibly)  # noqa: B010
+
+
 def hub_commit(model: "nn.Module | None") -> str | None:
     """The commit of the hub that a model was loaded from; transformers 5.17 keeps it privately."""
     return getattr(getattr(model, "config", None), "_commit_hash", None)

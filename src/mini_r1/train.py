@@ -222,7 +222,7 @@ def _finish(
     if trainer.accelerator.is_main_process:
         start.sign(run_dir)
         tokenizer.save_pretrained(run_dir)
-        trainer.create_model_card(dataset_name=recipe.task.dataset_id_or_path)
+        trainer.create_model_card(dataset_name=one_line(recipe.task.dataset_id_or_path))
         write_report([run_dir], run_dir / REPORT_FILE)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
@@ -323,6 +323,7 @@ def _build_trainer(
     if address := args.vllm_server_base_url or server_address(recipe):
         check_key(address)
         quirks.show_key(address, key_header())
+    quirks.make_logged_completions_visible()
     name = recipe.model["model_name_or_path"]
     try:
         trainer = GRPOTrainer(

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -104,6 +105,7 @@ def train_here(recipe: "Recipe") -> None:
     check_processes(recipe, num_processes())
     end_with_launcher()
     outlive_readers()
+    threading.excepthook = _thread_failed
     try:
         with FolderLock(recipe.run_dir) if is_main_process() else nullcontext():
             _train(recipe)
@@ -115,6 +117,12 @@ def train_here(recipe: "Recipe") -> None:
                 f"the disk under {recipe.run_dir} is full; make room, and the same command goes on"
             ) from None
         raise
+
+
+def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread; that the disk is full is told once, by the main one."""
+    if not _of_a_full_disk(args.exc_value):
+        threading.__excepthook__(args)
 
 
 def _of_a_full_disk(error: BaseException | None) -> bool:

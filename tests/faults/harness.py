@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -54,8 +55,23 @@ class Zygote:
     def __init__(self, process, processes=1):
         self._process, self.processes = process, processes
 
-    def train(self, run_dir, kill_at=None, kill_after=None, operations=None, **changes):
-        """Run one attempt to its end, or until it is killed; returns the exit codes."""
+    def train(
+        self,
+        run_dir,
+        kill_at=None,
+        kill_by=signal.SIGKILL,
+        kill_after=None,
+        operations=None,
+        **changes,
+    ):
+        """Run one attempt to its end, or until it is killed; returns the exit codes.
+
+        Args:
+            kill_at: the first process dies before this file operation.
+            kill_by: the signal that it gets then.
+            kill_after: seconds after which all get SIGKILL.
+            operations: a file for the names of all file operations.
+        """
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         request = {"ranks": []} | ({"kill_after": kill_after} if kill_after else {})
@@ -69,7 +85,8 @@ class Zygote:
                 "log": f"{run_dir}.{rank}.log",
             }
             if rank == 0:
-                one |= {"kill_at": kill_at, "operations": operations and str(operations)}
+                one |= {"kill_at": kill_at, "kill_by": kill_by}
+                one |= {"operations": operations and str(operations)}
             request["ranks"].append(one)
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -138,6 +155,15 @@ def _json(path):
     return json.loads(path.read_text())
 
 
+def log_of(run_dir, forget=False):
+    """What the first process has printed in the last attempts."""
+    log = run_dir.with_name(f"{run_dir.name}.0.log")
+    if forget:
+        log.unlink(missing_ok=True)
+    return log.read_text() if log.exists() else ""
+
+
 def clear(run_dir):
     """Forget a run of an earlier test."""
     shutil.rmtree(run_dir, ignore_errors=True)
+    log_of(run_dir, forget=True)

@@ -12,18 +12,22 @@ import signal
 import sys
 import time
 import warnings
-from pathlib import Path
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"}
 
 
-def watch(folder: str, kill_at: int | None, operations: Path | None) -> None:
+def watch(
+    folder: str,
+    kill_at: int | None = None,
+    kill_by: int = signal.SIGKILL,
+    operations: str | None = None,
+) -> None:
     """Count the operations that change something below a folder.
 
     Args:
-        kill_at: before which of them to die, counted from 0.
-        operations: where to write what they are, one per line.
+        kill_at: before which of them to get the signal `kill_by`, counted from 0.
+        operations: a file to write what they are, one per line.
     """
     names: list[str] = []
 
@@ -43,7 +47,7 @@ def watch(folder: str, kill_at: int | None, operations: Path | None) -> None:
         if name in names[-1:]:  # TensorBoard opens its file for every line
             return
         if len(names) == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), kill_by)
         names.append(name)
         if operations:
             recorded = os.open(operations, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -69,7 +73,8 @@ def train(request: dict) -> None:
     from mini_r1.recipe import load_recipe
 
     recipe, *overrides = request["arguments"]
-    watch(request["folder"], request.get("kill_at"), request.get("operations"))
+    watches = ("kill_at", "kill_by", "operations")
+    watch(request["folder"], **{name: request[name] for name in watches if name in request})
     code = exit_code(lambda: train_here(load_recipe(recipe, overrides)))
     sys.stdout.flush()
     os._exit(code)
@@ -103,8 +108,8 @@ def main() -> None:
             if pid:
                 rank = ranks.pop(pid)
                 codes[rank] = os.waitstatus_to_exitcode(status)
-                failed = codes[rank] != 0
-            # The first that fails takes the others with it, as a launcher has it.
+                failed = codes[rank] < 0 or codes[rank] in (1, 2)
+            # The first that dies takes the others with it, as a launcher has it.
             if failed or time.monotonic() > deadline:
                 for other in ranks:
                     os.kill(other, signal.SIGKILL)

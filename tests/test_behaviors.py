@@ -1,12 +1,14 @@
-import time
+from collections import Counter
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_r1.bases.cold_start import COLD_STARTS, traces
-from mini_r1.behaviors import Behavior, behavior, summarize_behaviors
+from mini_r1.behaviors import Behavior, _readings, behavior, summarize_behaviors
+from tests.hostile import HOSTILE, fuzz
 
 NUMS = (8, 13, 3)
 
@@ -59,16 +61,35 @@ def test_counts_the_tries_of_generated_traces():
         assert seen == Behavior(2 * lines, 2 * lines, lines, True, " yes" not in trace.completion)
 
 
-@given(st.text(alphabet="0123456789+-*/=()., \n<>/answerthink", max_size=400))
+@given(st.text(alphabet="0123456789+-*/=()., \n<>/answerthink", max_size=400) | HOSTILE)
+@fuzz
 def test_never_raises(text):
     seen = behavior(text, 24, NUMS)
     assert 0 <= seen.true_claims <= seen.claims
 
 
-def test_is_linear_in_the_length():
-    started = time.perf_counter()
-    behavior("8+13=21, 21+3=24 low\n" * 2000, 24, NUMS)
-    assert time.perf_counter() - started < 2
+NUMBERS = st.lists(st.integers(1, 4), max_size=5).map(tuple)
+
+
+@given(NUMBERS, NUMBERS, st.dictionaries(st.integers(1, 9), st.tuples(NUMBERS, st.booleans())))
+@fuzz
+def test_readings_are_all_combinations_of_results_and_given_numbers(numbers, given, made):
+    options = [[made[n], ((n,), True)] if n in made else [((n,), True)] for n in numbers]
+    combinations = [
+        (Counter(given) - Counter(used), all(true for _, true in chosen))
+        for chosen in product(*options)
+        if Counter(used := sum((each for each, _ in chosen), ())) <= Counter(given)
+    ]
+    found = [(Counter(left), true) for left, true in _readings(numbers, given, made).items()]
+    assert found == list(first_of_each(combinations)) or len(numbers) > len(given)
+
+
+def first_of_each(pairs):
+    seen = []
+    for left, true in pairs:
+        if left not in seen:
+            seen.append(left)
+            yield left, true
 
 
 def test_summary():

@@ -1,9 +1,7 @@
 import logging
 import os
-import pty
 import signal
 import threading
-import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -15,14 +13,17 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from mini_r1.callbacks import (
     CheckpointMarker,
     HeldOutEvaluation,
+    LastEvaluation,
     NoStepTooMany,
     NothingLeft,
     PauseOnRequest,
+    StopRequested,
     TensorBoard,
     TrainClock,
 )
 from mini_r1.rollouts import Rollout
-from mini_r1.run import COMPLETE_MARKER
+from mini_r1.run import last_complete_checkpoint, mark_begun, mark_complete, request_stop
+from tests.hostile import TEXTS, is_inert
 
 
 @pytest.fixture
@@ -31,41 +32,65 @@ def stage(tmp_path):
     return TrainingArguments(output_dir=str(tmp_path), use_cpu=True), state, TrainerControl()
 
 
+RESULT = {"success": 0.5, "mean_completion_tokens": 30}
+LOGGED = {"eval_success": 0.5, "eval_mean_completion_tokens": 30}
+
+
 def test_held_out_evaluation_on_schedule(stage):
-    names, logged = [], []
+    happened = []
 
     def evaluate(name):
-        names.append(name)
-        return {"success": 0.5, "mean_completion_tokens": 30}
+        happened.append(name)
+        return RESULT
 
-    callback = HeldOutEvaluation(2, evaluate, logged.append)
+    callback = HeldOutEvaluation(2, evaluate, happened.append)
     callback.on_train_begin(*stage)
     for step in (1, 2, 3, 4):
+        callback.on_step_begin(*stage)
         stage[1].global_step = step
         callback.on_step_end(*stage)
-        callback.on_save(*stage)
-    assert names == ["before", "step-000002", "after"]
-    assert callback.result_after()["success"] == 0.5
-    assert logged == [{"eval_success": 0.5, "eval_mean_completion_tokens": 30}] * 3
-    callback.on_train_begin(*stage)  # resumed: `before` was measured by the first start
-    assert len(names) == 3
-    # After a kill between the last checkpoint and its evaluation.
-    resumed = HeldOutEvaluation(2, evaluate, logged.append)
-    assert resumed.result_after()["success"] == 0.5
-    assert (names[3:], len(logged)) == (["after"], 4)
+        happened.append(f"line and checkpoint of {step}")
+    steps = [f"line and checkpoint of {step}" for step in (1, 2, 3, 4)]
+    assert happened == ["before", LOGGED, steps[0], "step-000002", steps[1], LOGGED, *steps[2:]]
 
 
-def test_an_evaluation_leaves_a_step_its_line_in_the_log(stage):
-    def log(values):
-        stage[2].should_log = False  # as transformers' on_log does
+@pytest.mark.parametrize(
+    ("step", "again"), [(0, ["before"]), (1, []), (2, ["step-000002"]), (4, [])]
+)
+def test_what_follows_the_checkpoint_that_a_run_goes_on_from_is_evaluated_again(stage, step, again):
+    names, logged = [], []
+    stage[1].global_step = step
+    callback = HeldOutEvaluation(2, lambda name: names.append(name) or RESULT, logged.append)
+    callback.on_train_begin(*stage)
+    callback.on_step_begin(*stage)
+    assert (names, logged) == (again, [LOGGED] * len(again))
 
-    result = {"success": 0.5, "mean_completion_tokens": 30}
-    callback = HeldOutEvaluation(2, lambda name: result, log)
+
+def test_a_stop_within_an_evaluation_leaves_the_step_to_be_saved(stage):
+    def evaluate(name):
+        raise StopRequested
+
+    logged = []
+    callback = HeldOutEvaluation(2, evaluate, logged.append)
     stage[1].global_step = 2
-    for due in (True, False):
-        stage[2].should_log = due
-        callback.on_step_end(*stage)
-        assert stage[2].should_log is due
+    callback.on_step_end(*stage)
+    assert logged == []
+    with pytest.raises(StopRequested):
+        callback.on_train_begin(*stage)  # what a checkpoint has is not saved once more
+
+
+def test_the_last_evaluation_is_made_once(stage):
+    names, logged = [], []
+    last = LastEvaluation(lambda name: names.append(name) or RESULT, logged.append)
+    for step in (2, 4):
+        stage[1].global_step = step
+        last.on_save(*stage)
+    assert last.result() == RESULT
+    assert (names, logged) == (["after"], [LOGGED])
+    # After a kill between the last checkpoint and its evaluation.
+    resumed = LastEvaluation(lambda name: names.append(name) or RESULT, logged.append)
+    assert resumed.result() == RESULT
+    assert (names, logged) == (["after"] * 2, [LOGGED] * 2)
 
 
 @pytest.mark.parametrize(("step", "left"), [(0, True), (3, True), (4, False), (5, False)])
@@ -75,11 +100,21 @@ def test_no_step_is_taken_beyond_the_last(stage, step, left):
         NoStepTooMany().on_train_begin(*stage)
 
 
-def test_a_complete_checkpoint_is_marked(stage, tmp_path):
-    stage[1].global_step = 2
-    (tmp_path / "checkpoint-2").mkdir()
-    CheckpointMarker().on_save(*stage)
-    assert (tmp_path / "checkpoint-2" / COMPLETE_MARKER).exists()
+def test_a_checkpoint_is_marked_from_its_first_file_to_its_last(stage, tmp_path):
+    marker, (_, state, control) = CheckpointMarker(limit=1), stage
+    for step in (2, 4):
+        state.global_step, control.should_log, control.should_save = step, False, True
+        marker.on_step_end(*stage)
+        assert control.should_log  # what is summed up for the next line would be lost
+        assert [path.name for path in (tmp_path / f"checkpoint-{step}").iterdir()] == ["begun"]
+        marker.on_save(*stage)
+        # The one before goes only then.
+        assert last_complete_checkpoint(tmp_path) == tmp_path / f"checkpoint-{step}"
+        assert [path.name for path in tmp_path.iterdir()] == [f"checkpoint-{step}"]
+    control.should_save = False
+    state.global_step = 5
+    marker.on_step_end(*stage)
+    assert not (tmp_path / "checkpoint-5").exists()
 
 
 # ---- Pausing --------------------------------------------------------------------------------
@@ -101,7 +136,11 @@ def run(stage, tmp_path):
             getattr(pause, hook)(args, state, control)
             return control.should_save and control.should_training_stop
 
-        yield SimpleNamespace(pause=pause, call=call, folder=tmp_path, control=control)
+        def stops(step):
+            state.global_step = step
+            return pause.stops(args, state)
+
+        yield SimpleNamespace(pause=pause, call=call, stops=stops, folder=tmp_path)
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     for number, handler in before.items():
         if handler is not None and number not in (signal.SIGKILL, signal.SIGSTOP):
@@ -120,7 +159,7 @@ def test_the_first_ctrl_c_saves_after_the_next_step_that_can_be_continued(run, c
     assert capsys.readouterr().err == "saving after this step; Ctrl-C again to stop now\n"
     assert not run.call("on_step_end", 1)  # amid a generation
     assert run.call("on_step_end", 2)
-    assert (run.pause.paused, run.pause.interrupted) == (True, True)
+    assert (run.pause.paused, run.pause.signal) == (True, signal.SIGINT)
 
 
 def test_the_second_ctrl_c_ends_it_and_says_what_is_left(run):
@@ -128,19 +167,28 @@ def test_the_second_ctrl_c_ends_it_and_says_what_is_left(run):
     ctrl_c()
     with pytest.raises(KeyboardInterrupt, match=r"^stopped; nothing was saved yet$"):
         ctrl_c()
-    (run.folder / "checkpoint-2").mkdir()
-    (run.folder / "checkpoint-2" / COMPLETE_MARKER).touch()
-    (run.folder / "checkpoint-4").mkdir()  # torn
+    mark_begun(run.folder, 2)
+    mark_complete(run.folder, 2)
+    mark_begun(run.folder, 4)  # torn
     with pytest.raises(KeyboardInterrupt, match=r"^stopped; checkpoint-2 is kept$"):
         ctrl_c()
 
 
 def test_ctrl_c_between_two_steps_loses_nothing_either(run, capsys):
-    run.call("on_step_begin", 0)
-    run.call("on_step_end", 1)
+    run.call("on_step_begin", 1)
+    run.call("on_optimizer_step", 1)
     ctrl_c()  # in an evaluation
-    assert capsys.readouterr().err == "saving after the next step; Ctrl-C again to stop now\n"
+    said = "saving after this batch of the evaluation; Ctrl-C again to stop now\n"
+    assert capsys.readouterr().err == said
+    assert run.stops(2)
     assert run.call("on_step_end", 2)
+
+
+@pytest.mark.parametrize(("step", "stops"), [(0, True), (1, False), (2, True), (8, True)])
+def test_an_evaluation_ends_early_where_the_run_can_be_continued(run, step, stops):
+    assert not run.stops(step)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert run.stops(step) == run.pause.paused == stops
 
 
 def test_where_nothing_can_be_lost_ctrl_c_ends_it_at_once(run):
@@ -162,11 +210,13 @@ def test_ctrl_c_in_the_last_step_waits_for_its_checkpoint(run):
         run.call("on_save", 8)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-def test_other_signals_ask_for_the_same_and_are_no_ctrl_c(run, number):
-    os.kill(os.getpid(), number)
+@pytest.mark.parametrize(
+    ("number", "reason"), [(signal.SIGTERM, 15), (signal.SIGUSR1, 0), (signal.SIGHUP, 1), (None, 0)]
+)
+def test_others_ask_for_the_same_and_are_no_ctrl_c(run, number, reason):
+    os.kill(os.getpid(), number) if number else request_stop(run.folder)
     assert run.call("on_step_end", 2)
-    assert (run.pause.paused, run.pause.interrupted) == (True, False)
+    assert (run.pause.paused, run.pause.signal) == (True, reason)
 
 
 def test_what_a_background_job_ignores_stays_ignored(tmp_path):
@@ -178,24 +228,6 @@ def test_what_a_background_job_ignores_stays_ignored(tmp_path):
     finally:
         for number, handler in zip((*numbers, signal.SIGTERM), before, strict=True):
             signal.signal(number, handler)
-
-
-def test_a_closed_terminal_breaks_nothing_that_prints(tmp_path):
-    pid, terminal = pty.fork()
-    if pid == 0:  # a process of its own, on a terminal of its own
-        try:
-            callback, deadline = PauseOnRequest(tmp_path), time.monotonic() + 60
-            os.write(1, b"ready")
-            while not callback._requested and time.monotonic() < deadline:
-                time.sleep(0.01)
-            os.write(1, b"nobody reads this")
-            (tmp_path / "survived").touch()
-        finally:
-            os._exit(0)
-    assert os.read(terminal, 100) == b"ready"
-    os.close(terminal)
-    os.waitpid(pid, 0)
-    assert (tmp_path / "survived").exists()
 
 
 # ---- The clock, TensorBoard -----------------------------------------------------------------
@@ -229,6 +261,26 @@ def test_a_mean_of_nothing_is_not_for_tensorboard(tmp_path, monkeypatch, caplog)
     assert [event.value for event in events.Scalars("train/reward")] == [1.0]
 
 
+def test_no_text_acts_in_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
+    recorder = SimpleNamespace(latest=None)
+    board = TensorBoard({"columns": "\ud800\x1b[2J"}, recorder)
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    state = TrainerState(global_step=0, max_steps=1)
+    board.on_train_begin(args, state, None)
+    board.on_log(args, state, None, logs={"eval_success": 0.25})
+    for state.global_step, text in enumerate(TEXTS, 1):
+        recorder.latest = Rollout(state.global_step, {"question": text}, {}, text, None)
+        board.on_log(args, state, None, logs={"reward": 1.0})
+    board.on_train_end(args, state, None)
+    events = EventAccumulator(str(tmp_path), {"tensors": 0}).Reload()
+    shown = [each.tensor_proto.string_val[0] for each in events.Tensors("samples/text_summary")]
+    assert len(shown) == len(TEXTS)
+    for text in map(bytes.decode, shown):
+        assert is_inert(text)
+        assert all(line.startswith("    ") for line in text.split("\n"))  # Markdown's code
+
+
 def test_tensorboard_gets_scalars_the_recipe_and_samples(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
     recorder = SimpleNamespace(latest=None)
@@ -251,7 +303,7 @@ def test_tensorboard_gets_scalars_the_recipe_and_samples(tmp_path, monkeypatch):
     texts = events.Tensors("samples/text_summary")
     assert [event.step for event in texts] == list(range(1, 101, 5))
     text = texts[0].tensor_proto.string_val[0].decode()
-    assert text == "make 3 from 1, 2: failed\n\n    1+2\n    </think>"
+    assert text == "    make 3 from 1, 2: failed\n    \n    1+2\n    </think>"
 
     def hparams(name):
         metadata = events.summary_metadata[f"_hparams_/{name}"]

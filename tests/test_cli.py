@@ -13,6 +13,7 @@ from mini_r1 import InputError, RunFailed
 from mini_r1.cli import exit_code, main
 from mini_r1.countdown.expression import is_solution
 from mini_r1.launch.machine import LAUNCH_VARIABLES
+from tests.hostile import is_inert
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ORIGINAL = RECIPES / "grpo-qwen-2.5-3b-deepseek-r1-countdown.yaml"
@@ -209,6 +210,15 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["x\x1b[2J", "x\u202e", "x\udce9", "x\r\x9b2J"])
+def test_no_name_acts_in_a_message(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", name]) == 2
+    assert is_inert(capsys.readouterr().err)
+    assert main(["train", str(TINY), f"--{name}", "1", "--dry-run"]) == 2
+    assert is_inert(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -280,3 +290,19 @@ def test_ctrl_c_is_one_line_with_the_command_and_exit_code_130(tmp_path):
             assert done.returncode == 130
             go_on = f"to go on: {typed} {shlex.join(arguments)}"
             assert done.stderr == f"{printed}; {go_on}\n"
+
+
+@pytest.mark.parametrize("is_launched", [False, True])
+def test_the_command_that_goes_on_shows_no_token(tmp_path, is_launched):
+    code = "import sys; from mini_r1.cli import exit_code\n" + (
+        "sys.exit(exit_code(lambda: exec('raise KeyboardInterrupt')))"
+    )
+    launcher = (
+        f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {code!r}]))"
+    )
+    words = ["-c", launcher if is_launched else code, "--hub_token", "secret", "--seed=1"]
+    env = {**os.environ, **(dict.fromkeys(LAUNCH_VARIABLES, "0") if is_launched else {})}
+    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr.endswith("--seed=1 --hub_token '***'\n")
+    assert "secret" not in done.stderr

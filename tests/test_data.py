@@ -343,6 +343,16 @@ def test_further_columns_are_kept_as_they_are(tmp_path):
     assert load_split(SMALL).columns == {}
 
 
+@pytest.mark.parametrize("row", [{"note": "\ud800"}, {"\ud800": 1}, {"note": {"x": ["\udfff"]}}])
+def test_half_a_letter_is_no_text(tmp_path, row):
+    path = tmp_path / "x.jsonl"
+    write_puzzles(PUZZLES, path)
+    lines = [{**json.loads(line), **row} for line in path.open()]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(InputError, match="holds text that is none: 'utf-8' codec can't encode"):
+        from_file(path)
+
+
 def test_columns_that_no_data_set_can_hold_are_refused(tmp_path):
     path = tmp_path / "x.jsonl"
     write_puzzles(PUZZLES, path)

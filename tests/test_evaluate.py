@@ -1,4 +1,5 @@
 import copy
+import io
 import itertools
 import json
 import math
@@ -6,7 +7,9 @@ import random
 from dataclasses import replace
 
 import pytest
+import rich
 import torch
+from rich.console import Console
 
 from mini_r1 import InputError, RunFailed
 from mini_r1.bases.cold_start import COLD_STARTS
@@ -20,6 +23,7 @@ from mini_r1.evaluate import (
     evaluate_model,
     heldout_puzzles,
     pass_at_k,
+    progress_bar,
     sample_batches,
     sampling,
     summarize,
@@ -250,6 +254,11 @@ async def later(completions, **columns):
 def wild(completions, **columns):
     return [2.0] * len(completions)
 
+def falsifying(completions, words, **columns):
+    completions[:] = ["forged"] * len(completions)
+    words[:] = ["forged"] * len(words)
+    return [1.0] * len(completions)
+
 def none(completions, **columns):
     return [None] * len(completions)
 """
@@ -278,6 +287,21 @@ def evaluated(task):
     )
     samples = [sample for _, batch in batches for sample in batch]
     return summarize(samples, task), [puzzle.columns["words"] for puzzle in puzzles]
+
+
+def test_a_run_may_have_any_name(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr(rich, "get_console", lambda: console)
+    with progress_bar(2, "{0} [/x] \x1b[2J", shown=True) as on_batch:
+        on_batch(1)
+    assert "{0} [/x] <U+001B>[2J" in console.file.getvalue()
+
+
+def test_a_reward_changes_no_example(own_task):
+    result, words = evaluated(own_task("my_task.falsifying"))
+    assert result["success"] == 1.0
+    assert "forged" not in json.dumps(result["examples"])
+    assert [example["row"]["words"] for example in result["examples"]] == words[:3]
 
 
 def test_the_mean_of_a_reward_is_reported(own_task):

@@ -15,6 +15,7 @@ from transformers import TrainerControl, TrainerState
 from mini_r1 import live
 from mini_r1.live import LEGEND, LiveView, figures, sparkline
 from mini_r1.rollouts import Rollout
+from tests.hostile import TEXTS, is_inert
 
 LOGS = {
     "reward": 1.25,
@@ -75,7 +76,7 @@ def test_sparkline():
 
 def test_plain_lines_where_there_is_no_terminal(view, capsys):
     state = TrainerState(global_step=0, max_steps=40, log_history=[])
-    view.on_train_begin(None, state, None)
+    view.on_train_begin(None, state, TrainerControl())
     for step in range(1, 41):
         state.global_step, view._clock.train_seconds = step, 60.0 * step
         # Four steps share a generation.
@@ -92,7 +93,7 @@ def test_plain_lines_where_there_is_no_terminal(view, capsys):
 def test_the_pace_of_a_resumed_run_is_that_of_this_attempt(view, capsys):
     view._clock.train_seconds = 1e6  # a slower machine's
     state = TrainerState(global_step=10, max_steps=20, log_history=[])
-    view.on_train_begin(None, state, None)
+    view.on_train_begin(None, state, TrainerControl())
     state.global_step, view._clock.train_seconds = 12, 1e6 + 20
     log(view, state, **LOGS)
     assert "1.3 minutes left" in capsys.readouterr().out
@@ -110,7 +111,7 @@ def test_the_panel_shows_figures_and_a_fresh_sample_with_its_verdict(view, termi
     monkeypatch.setattr(live.time, "monotonic", lambda: now)
     state = TrainerState(global_step=0, max_steps=40, log_history=[])
     with view:
-        view.on_train_begin(None, state, None)
+        view.on_train_begin(None, state, TrainerControl())
         state.global_step, view._recorder.latest = 3, SAMPLE
         now += 100.0
         log(view, state, **LOGS)
@@ -129,20 +130,21 @@ def test_the_panel_shows_figures_and_a_fresh_sample_with_its_verdict(view, termi
     for text in ("step 3/40", "ended, 1:08:20 elapsed", *FIGURES, held_out, puzzle, LEGEND):
         assert text in last, text
     assert "<answer>(12+5)*4" in last
-    assert "\x1b[2J" not in shown.replace("[2J</answer>", "")  # a model cannot clear the screen
+    assert "<U+001B>[2J</answer>" in last  # a model cannot clear the screen
+    assert "\x1b" not in shown
     styled = terminal.export_text(styles=True)
     assert re.search(r"\x1b\[4;31m12\+5=18\x1b", styled)  # false arithmetic is red
     assert re.search(r"\x1b\[32m12\+5=17\x1b", styled)
 
     now += live.SAMPLE_SECONDS
-    view._panel(state)
+    view._panel(state, TrainerControl())
     assert view._sample is later
 
 
 def test_the_panel_says_what_the_run_does(view, terminal):
     def shown():
         with terminal.capture() as capture:
-            terminal.print(view._panel(state))
+            terminal.print(view._panel(state, control))
         return re.search(r"│ (\w+), 0:00:0\d elapsed", capture.get())[1]
 
     args = SimpleNamespace(
@@ -161,8 +163,8 @@ def test_the_panel_says_what_the_run_does(view, terminal):
         view.on_substep_end(args, state, control)
         seen.append(shown())
         control.should_save = state.global_step == 1
-        view.on_step_end(args, state, control)
         seen.append(shown())
+        control.should_save = False
     view.__exit__()
     assert seen == [
         *("starting", "evaluating"),
@@ -188,10 +190,25 @@ def test_of_a_long_sample_the_end_is_shown(view):
     assert len(body) == live.SAMPLE_CHARS + 2
 
 
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_no_text_of_the_corpus_acts_on_the_terminal(text):
+    for part in live._shown(Rollout(1, {"question": text}, {}, text, None)):
+        assert is_inert(part.plain)
+
+
+def test_a_run_may_have_any_name(terminal):
+    view = LiveView(
+        "[/x] \x1b[2J", SimpleNamespace(train_seconds=0.0), SimpleNamespace(latest=None)
+    )
+    view.on_train_begin(None, TrainerState(max_steps=1, log_history=[]), TrainerControl())
+    view.__exit__()
+    assert "Mini-R1: [/x] <U+001B>[2J" in terminal.export_text(styles=False)
+
+
 def test_other_processes_show_nothing(view, terminal, capsys):
     state = TrainerState(global_step=0, max_steps=4, log_history=[], is_world_process_zero=False)
     with view:
-        view.on_train_begin(None, state, None)
+        view.on_train_begin(None, state, TrainerControl())
         state.global_step = 4
         log(view, state, **LOGS)
     assert terminal.export_text() == ""
@@ -201,7 +218,7 @@ def test_a_dumb_terminal_gets_plain_lines(view, monkeypatch, capsys):
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr(rich, "get_console", lambda: Console(force_terminal=True))
     state = TrainerState(global_step=0, max_steps=1, log_history=[])
-    view.on_train_begin(None, state, None)
+    view.on_train_begin(None, state, TrainerControl())
     state.global_step = 1
     log(view, state, **LOGS)
     assert capsys.readouterr().out.splitlines()[1].startswith("step 1/1  reward 1.25")
@@ -213,7 +230,7 @@ def test_what_the_libraries_log_stays_above_the_panel(view, terminal):
     logger.addHandler(handler)
     state = TrainerState(global_step=0, max_steps=4, log_history=[])
     with view:
-        view.on_train_begin(None, state, None)
+        view.on_train_begin(None, state, TrainerControl())
         logger.warning("a line of its own")
     logger.removeHandler(handler)
     assert "a line of its own" in terminal.export_text()
@@ -229,7 +246,7 @@ def test_ctrl_c_writes_nothing_into_the_panel(view, monkeypatch):
         monkeypatch.setattr(rich, "get_console", lambda: console)
         monkeypatch.setenv("TERM", "xterm")
         with view:
-            view.on_train_begin(None, TrainerState(global_step=0, max_steps=4), None)
+            view.on_train_begin(None, TrainerState(global_step=0, max_steps=4), TrainerControl())
             flags = termios.tcgetattr(theirs)[3]
             assert not flags & termios.ECHOCTL
             assert flags & termios.NOFLSH

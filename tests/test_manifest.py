@@ -1,9 +1,5 @@
 import json
 import os
-import shutil
-from pathlib import Path
-
-import torch
 
 from mini_r1.manifest import build_manifest, weights_hash
 from mini_r1.model import model_path
@@ -16,7 +12,7 @@ def test_manifest_names_what_produced_a_run():
     assert manifest["hardware"]["world_size"] == 1
     assert manifest["model"]["sha256"] == weights_hash(model_path("tiny_base"))
     assert manifest["data"] == data
-    assert manifest["folder"] == os.getcwd()
+    assert os.path.expanduser(manifest["folder"]) == os.getcwd()
     changed = build_manifest({**recipe, "seed": 2}, model_path("tiny_base"), None, data)
     assert changed["recipe_sha256"] != manifest["recipe_sha256"]
     json.dumps(manifest)
@@ -46,12 +42,18 @@ def test_the_hash_of_an_adapter_is_of_its_base_too(tmp_path):
     assert model == {"name": str(folder), "sha256": small, "revision": None, "base": "tiny_base"}
 
 
-def test_pickled_weights_have_a_hash(tmp_path):
-    torch.save({"a": torch.zeros(3)}, tmp_path / "pytorch_model.bin")
-    first = weights_hash(tmp_path)
-    torch.save({"a": torch.ones(3)}, tmp_path / "pytorch_model.bin")
-    assert first != weights_hash(tmp_path) is not None
-    # What a run writes beside the weights is not hashed.
-    torch.save({}, tmp_path / "training_args.bin")
-    shutil.copy(Path(model_path("tiny_base")) / "model.safetensors", tmp_path)
-    assert weights_hash(tmp_path) == weights_hash(model_path("tiny_base"))
+def test_the_home_folder_is_not_named(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setattr(os, "getcwd", lambda: "/home/ada/work")
+    command = [
+        "/home/ada/.venv/bin/mini-r1",
+        "--output_dir=/home/ada/x",
+        "/home/adam",
+        "/x/home/ada",
+    ]
+    monkeypatch.setattr("sys.argv", command)
+    recipe = {"model_name_or_path": "tiny_base"}
+    manifest = build_manifest(recipe, model_path("tiny_base"), None, {"sha256": "x"})
+    assert manifest["folder"] == "~/work"
+    assert manifest["command"][:2] == ["~/.venv/bin/mini-r1", "--output_dir=~/x"]
+    assert manifest["command"][2:] == ["/home/adam", "/x/home/ada"]

@@ -29,6 +29,7 @@ from mini_r1.model import (
     whole_model,
 )
 from mini_r1.run import MANIFEST_FILE
+from tests.test_hub import put_into_cache
 from tests.tiny_models import KINDS, build_tokenizer
 
 
@@ -317,3 +318,32 @@ def test_a_torn_tokenizer_is_explained(tmp_path):
         (tmp_path / "tokenizer.json").write_text(torn)
         with pytest.raises(InputError, match="cannot be loaded"):
             load_tokenizer(folder)
+
+
+# ---- Strangers' files -----------------------------------------------------------------------
+
+
+def test_what_a_model_brings_of_code_is_neither_run_nor_offered(tmp_path, monkeypatch):
+    shutil.copytree(model_path("tiny_base"), tmp_path, dirs_exist_ok=True)
+    for file, changes in (
+        ("config.json", {"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine"}}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["code.Mine", None]}}),
+    ):
+        content = json.loads((tmp_path / file).read_text()) | changes
+        (tmp_path / file).write_text(json.dumps(content))
+    (tmp_path / "code.py").write_text("raise SystemExit('run')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("offered"))
+    assert load_tokenizer(str(tmp_path)).eos_token  # tokenizer.json needs no code
+    with pytest.raises(InputError, match="needs code of its own; that is not run here"):
+        load_model(str(tmp_path))
+
+
+def test_a_pickle_of_the_hub_is_not_loaded(tmp_path, monkeypatch):
+    shutil.copytree(model_path("tiny_base"), tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    torch.save(load_file(weights), tmp_path / "model" / "pytorch_model.bin")
+    weights.unlink()
+    put_into_cache(tmp_path, "owner/model", tmp_path / "model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(InputError, match=r"it comes as a pickle, which could run"):
+        load_model("owner/model")

@@ -93,17 +93,25 @@ def test_shards_are_read_as_one_model(tmp_path):
     assert "model-00002" in problem
 
 
-def test_pickles_are_read_by_torch_which_runs_nothing_in_them(tmp_path):
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA_LIKE))
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
+def test_a_pickle_is_refused_in_one_line(tmp_path, name):
     save(tmp_path, "llama")
+    torch.save({}, tmp_path / "training_args.bin")  # which a run leaves beside its weights
+    torch.save({}, tmp_path / name)
+    assert problems(tmp_path) == []  # nobody loads it
     (tmp_path / "model.safetensors").unlink()
-    file = tmp_path / "pytorch_model.bin"
-    for new_format in (True, False):
-        torch.save(model.state_dict(), file, _use_new_zipfile_serialization=new_format)
-        assert problems(tmp_path) == []
-    torch.save(model.state_dict(), file)
-    file.write_bytes(file.read_bytes()[:-1000])
-    assert "is cut off" in problems(tmp_path)[0]
+    (problem,) = problems(tmp_path)
+    assert problem.startswith(f"{tmp_path / name} is a pickle, which could run code of its")
+    assert "\n" not in problem
+    (tmp_path / name).unlink()
+    assert "holds no weights" in problems(tmp_path)[0]
+
+
+def test_an_adapter_in_a_pickle_is_refused_in_one_line(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "tiny_base"}')
+    torch.save({}, tmp_path / "adapter_model.bin")
+    (problem,) = map(str, model_files.adapter_problems(tmp_path))
+    assert "adapter_model.bin is a pickle" in problem
 
 
 # ---- Damage ---------------------------------------------------------------------------------

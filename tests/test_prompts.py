@@ -328,7 +328,7 @@ def test_a_text_in_a_file_is_the_whole_prompt(tmp_path):
     ("name", "text", "problem"),
     [
         ("none.yaml", None, "none.yaml cannot be read: No such file or directory"),
-        ("p.yaml", "- [", "p.yaml is not valid YAML"),
+        ("p.yaml", "- [", "p.yaml: line 1: not valid YAML"),
         ("p.yaml", "user: hello", "want a list of messages"),
         ("p.yaml", "- {role: user}", "want a list of messages"),
         ("p.yaml", "- {role: user, content: 3}", "want a list of messages"),
@@ -351,6 +351,7 @@ def test_a_text_in_a_file_is_the_whole_prompt(tmp_path):
         ("p.yaml", "- {role: user, content: ' '}", "asks nothing"),
         ("p.jinja", "", "asks nothing"),
         ("p.jinja", "a\n{{ b }\n", "unexpected '}', in '{{ b }'"),
+        ("p.jinja", f"{{{{ {'(' * 5000} }}}}", "p.jinja is nested too deeply"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_explained(tmp_path, monkeypatch, name, text, problem):
@@ -370,6 +371,8 @@ def test_a_file_that_cannot_be_used_is_explained(tmp_path, monkeypatch, name, te
         ("{{ wrods }}", "'wrods' is undefined; the row has the columns words, none"),
         ("{{ words.x.y }}", "the row has the columns words, none"),
         ("{{ none }}", "a column that is filled in holds nothing"),
+        ("{{ cycler.__init__.__globals__.os.name }}", "access to attribute '__init__'"),
+        ("{{ words.__class__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
         ("{{ words / 0 }}", "cannot be filled in"),
     ],
 )

@@ -6,13 +6,16 @@ import logging
 import re
 import subprocess
 import sys
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
@@ -23,6 +26,7 @@ from transformers import (
     TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation.vllm_client import VLLMClient
 
 from mini_r1 import quirks
 from mini_r1.model import load_tokenizer
@@ -109,6 +113,43 @@ def test_4_bit_layers_still_choose_a_layout_for_evaluation():
     assert layer.support_avx512bf16_for_cpu is False
 
 
+def test_a_trainer_uploads_all_it_finds_in_two_ways(trainer, tmp_path, monkeypatch):
+    uploads = []
+
+    def upload_folder(_, folder_path, ignore_patterns, allow_patterns=None, **__):
+        names = [path.name for path in Path(folder_path).iterdir()]
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        uploads.append({*filter_repo_objects(names, **patterns)})
+        done = Future()
+        done.set_result(None)
+        return done
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # a new one, for this test
+    trainer.hub_model_id, trainer.push_in_progress = "me/run", None
+    (tmp_path / "private.log").touch()
+    for everything in (True, False):
+        trainer.push_to_hub()
+        trainer._push_from_checkpoint(tmp_path / "checkpoint-1")
+        trainer._finish_current_push()
+        (at_the_end, at_a_save), uploads[:] = uploads[:], []
+        for files in (at_the_end, at_a_save):
+            assert {"config.json", "model.safetensors"} <= files
+            assert ({"private.log", "training_args.bin"} <= files) is everything
+        quirks.upload_only(["config.json", "model.safetensors"])
+
+
+def test_trls_client_cannot_be_told_of_a_key(monkeypatch):
+    known = {"self", "base_url", "host", "server_port", "group_port", "connection_timeout"}
+    assert inspect.signature(VLLMClient.__init__).parameters.keys() == known
+    monkeypatch.setattr("requests.adapters.HTTPAdapter.add_headers", None)
+    quirks.show_key("http://here:1", {"Authorization": "x"})  # and see tests/launch/test_guard.py
+    for url, brought in (("http://here:1/v1", {"Authorization": "x"}), ("http://there:1/v1", {})):
+        request = requests.Request("GET", url).prepare()
+        requests.adapters.HTTPAdapter().add_headers(request, timeout=1)
+        assert request.headers == brought
+
+
 def test_trl_shows_all_of_a_completion_that_nothing_scored_in_every_step(trainer, caplog):
     log = logging.getLogger(GRPOTrainer.__module__)
     trainer.reward_funcs = [lambda **columns: [None]]
@@ -124,6 +165,26 @@ def test_trl_shows_all_of_a_completion_that_nothing_scored_in_every_step(trainer
     log.warning("anything else")
     assert caplog.messages == ["anything else"]
     log.filters[:] = before
+
+
+def test_logged_completions_reach_the_terminal_as_they_are(monkeypatch, capsys):
+    from trl.trainer import grpo_trainer
+
+    def printed():
+        texts = ["a\x1b[2J"], ["b\x1b[2J"]
+        grpo_trainer.print_prompt_completions_sample(
+            *texts, {"r": [1.0]}, [0.5], 1, None, extra={"x": ["c\x1b[2J"]}
+        )
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(
+        grpo_trainer,
+        "print_prompt_completions_sample",
+        grpo_trainer.print_prompt_completions_sample,
+    )
+    assert printed().count("\x1b[2J") == 3
+    quirks.make_logged_completions_visible()
+    assert "\x1b" not in printed()
 
 
 def test_the_commit_of_a_hub_model_has_no_public_name():

@@ -342,6 +342,7 @@ def test_the_home_folder_is_written_out(write, monkeypatch):
         f"hub_token: hf_{'x' * 34}",
         f"model_init_kwargs: {{token: hf_{'x' * 34}}}",
         f"hub_model_id: me/hf_{'x' * 34}",
+        "vllm_server_base_url: http://me:abc@node:8000",
     ],
 )
 def test_a_secret_is_refused_and_not_repeated(write, line):

@@ -4,12 +4,17 @@ import json
 import traceback
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy
 import pandas
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import TrainerState
 
 from mini_r1 import InputError, RunFailed
 from mini_r1.recipe import TaskConfig
@@ -22,8 +27,8 @@ from mini_r1.rollouts import (
     RolloutRecorder,
     append_samples,
     read_samples,
-    rewind_samples,
 )
+from tests.hostile import HOSTILE, TEXTS, fuzz, is_inert
 
 # ---- The recorder ---------------------------------------------------------------------------
 
@@ -88,19 +93,6 @@ def test_the_share_of_groups_of_one_text_is_logged(tmp_path):
     assert logged("aabb", ["x", "x", "x", "y"]) == [("same_text", 0.5)]
     assert logged("abb", ["x", "y", "y"]) == [("same_text", 1.0)]  # the rest is another rank's
     assert logged("ab", ["x", "y"]) == []
-
-
-def test_a_resumed_run_ends_with_the_same_files(tmp_path):
-    straight, resumed = (RolloutRecorder(tmp_path / name) for name in ("straight", "resumed"))
-    for step in (1, 2, 3, 4):
-        feed(straight, step)
-    for step in (1, 2, 3):
-        feed(resumed, step)
-    rewind_samples(resumed.folder, 2)
-    for step in (3, 4):
-        feed(resumed, step)
-    for name in (ALL_FILE, SOLVED_FILE):
-        assert (straight.folder / name).read_bytes() == (resumed.folder / name).read_bytes()
 
 
 # ---- What rewards return --------------------------------------------------------------------
@@ -276,6 +268,62 @@ def test_completions_that_nothing_scores_are_told_of_once(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+# ---- What rewards may change ----------------------------------------------------------------
+
+
+def falsifying(completions, nums, words, trainer_state, **columns):
+    """Changes everything it can lay its hands on."""
+    completions[:] = ["</think>\n<answer>1+2</answer>"] * len(completions)
+    for row, word in zip(nums, words, strict=True):
+        row.clear()
+        word["of"]["deep"] = "changed"
+        word["new"] = True
+    for column in columns.values():
+        if isinstance(column, list):
+            column.clear()
+    trainer_state.global_step = 99
+    trainer_state.log_history[0]["reward"] = 9.9
+    trainer_state.should_training_stop = True
+    return [1.0] * len(completions)
+
+
+async def falsifying_later(**columns):
+    return falsifying(**columns)
+
+
+@pytest.mark.parametrize("reward", [falsifying, falsifying_later])
+def test_a_reward_falsifies_nothing(tmp_path, reward):
+    def columns():
+        return {
+            "prompts": ["p"] * 2,
+            "completions": [*TWO],
+            "completion_ids": [[1, 2], [3]],
+            "nums": [[1, 2], [1, 2]],
+            "target": [3, 3],
+            "words": [{"of": {"deep": [1]}} for _ in TWO],
+        }
+
+    state = TrainerState(global_step=4, log_history=[{"reward": 0.5}])
+    seen, given, recorder = [], columns(), RolloutRecorder(tmp_path)
+
+    def honest(log_metric, trainer_state, log_extra, **columns):
+        seen.append((columns, trainer_state.global_step))
+        return [0.0, 0.0]
+
+    rewards = [RewardFunction(each.__name__, each.__name__, (), each) for each in (reward, honest)]
+    for function in recorder.watch(rewards):
+        logging = {"log_metric": lambda *_: None, "log_extra": lambda *_: None}
+        returned = function(**given, trainer_state=state, **logging)
+        if inspect.isawaitable(returned):
+            asyncio.run(returned)
+    assert given == columns()  # what TRL goes on with
+    assert seen == [(columns(), 4)]  # what the next reward gets
+    assert (state.global_step, state.log_history) == (4, [{"reward": 0.5}])
+    assert recorder.latest.text == TWO[0]
+    assert recorder.latest.row == {"nums": [1, 2], "target": 3}
+    assert recorder.latest.step == 5
+
+
 # ---- The files ------------------------------------------------------------------------------
 
 
@@ -318,16 +366,32 @@ def test_a_completion_cannot_forge_an_entry(tmp_path, text):
     append_samples(tmp_path, samples(3, text=text))
     kept = read_samples(tmp_path / ALL_FILE)
     assert {sample.step for sample in kept} == {3}
-    assert {sample.text.replace("\n ====", "\n====") for sample in kept} == {text}
+    assert {sample.text for sample in kept} == {text}
 
 
-def test_rewinding_drops_the_later_steps(tmp_path):
-    append_samples(tmp_path, samples(1))
-    kept = {name: (tmp_path / name).read_bytes() for name in (ALL_FILE, SOLVED_FILE)}
-    append_samples(tmp_path, samples(2, text="a\rb"))
-    rewind_samples(tmp_path, 1)
-    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
-    rewind_samples(tmp_path / "absent", 1)
+@given(st.lists(HOSTILE, min_size=1, max_size=4), HOSTILE)
+@fuzz
+def test_any_text_is_kept_inert_and_reads_back_as_it_was(texts, asked):
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for row in ({"nums": [1, 2], "target": 3}, {"question": asked}):
+            written = [Rollout(i, row, {"a": 1.0}, text, "a") for i, text in enumerate(texts)]
+            for rollout in written:
+                append_samples(folder, [rollout] * 40)
+        for file in folder.iterdir():
+            assert is_inert(file.read_bytes().decode())
+        kept = read_samples(folder / ALL_FILE)
+        assert len(kept) > len(texts)
+        assert {(each.step, each.text) for each in kept} <= {*enumerate(texts)}
+        assert all(each.row in ({"nums": [1, 2], "target": 3}, row) for each in kept)
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_the_corpus_reads_back_as_it_was(tmp_path, text):
+    append_samples(tmp_path, samples(3, text=text))
+    kept = read_samples(tmp_path / ALL_FILE)
+    assert {(sample.step, sample.text) for sample in kept} == {(3, text)}
+    assert is_inert((tmp_path / ALL_FILE).read_bytes().decode())
 
 
 def test_a_sample_names_its_puzzle():
@@ -366,11 +430,8 @@ def test_the_rows_of_another_task_are_kept_as_they_are(tmp_path):
     assert first.question == "words a \"b\" rewards {c} d, level {'of': 1}"
     kept, solved = (read_samples(tmp_path / name) for name in (ALL_FILE, SOLVED_FILE))
     assert {(each.step, str(each.row), each.judge) for each in kept} == {(5, str(row), "a")}
-    # What looks like the head of an entry is indented.
-    assert {each.text for each in kept} <= {f" {texts[0]}", texts[1].replace("\n=", "\n =")}
+    assert {each.text for each in kept} == {*texts}
     assert {each.score for each in solved} == {1.0}
-    rewind_samples(tmp_path, 4)
-    assert read_samples(tmp_path / ALL_FILE) == []
 
 
 def test_without_a_reward_for_success_none_is_told(tmp_path):

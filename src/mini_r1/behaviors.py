@@ -4,19 +4,18 @@ Told exactly, by its arithmetic claims. Works on any text that shows its arithme
 model's and a large model's alike. No language model judges here.
 """
 
-from collections import ChainMap, Counter
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import product
 from statistics import fmean
 
 from mini_r1.completion import claims, parse_completion
 from mini_r1.countdown.expression import ExpressionError, parse
 
 # The given numbers that went into a value, and whether the arithmetic behind it is true.
-Result = tuple[Counter[int], bool]
-Results = dict[Fraction, Result]
+Numbers = tuple[int, ...]
+Results = dict[Fraction, tuple[Numbers, bool]]
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,11 @@ class Behavior:
 def behavior(completion: str, target: int, nums: Sequence[int]) -> Behavior:
     """Read one completion, the text after a prefilled `<think>`.
 
-    Never raises; linear in the length of the text.
+    Never raises; linear in the length of the text, of which no more is read than `claims` does.
     """
     parsed = parse_completion(completion)
     count = true_count = 0
-    given = Counter(nums)
+    given = tuple(nums)
     # The claimed value of each try, and whether all arithmetic behind it is true.
     tries: list[tuple[Fraction, bool]] = []
     recent: Results = {}  # since the last complete try
@@ -55,17 +54,16 @@ def behavior(completion: str, target: int, nums: Sequence[int]) -> Behavior:
     for claim in claims(parsed.think):
         count += 1
         true_count += claim.true
-        value, numbers = parse(claim.right).value, parse(claim.left).numbers
-        fitting = _readings(numbers, given, recent)
-        fitting = fitting or _readings(numbers, given, ChainMap(recent, earlier))
-        complete = [true and claim.true for used, true in fitting if used == given]
-        if complete:
-            tries.append((value, complete[0]))
+        readings = _readings(claim.numbers, given, recent)
+        readings = readings or _readings(claim.numbers, given, ChainMap(recent, earlier))
+        if () in readings:
+            tries.append((claim.value, readings[()] and claim.true))
             earlier |= recent
             recent = {}
-        elif fitting:
-            used, true = fitting[0]
-            recent[value] = used, true and claim.true
+        elif readings:
+            left, true = next(iter(readings.items()))
+            used = _without(given, left) or ()
+            recent[claim.value] = used, true and claim.true
     answer = _value(parsed.answer)
     return Behavior(
         claims=count,
@@ -91,23 +89,41 @@ def summarize_behaviors(behaviors: Sequence[Behavior]) -> dict[str, float | None
 
 
 def _readings(
-    numbers: Sequence[int], given: Counter[int], made: Mapping[Fraction, Result]
-) -> list[Result]:
+    numbers: Numbers, given: Numbers, made: Mapping[Fraction, tuple[Numbers, bool]]
+) -> dict[Numbers, bool]:
     """What a claim's numbers can stand for without using a given number too often.
 
     Each is a result made before, or given.
+
+    Returns:
+        what each reading leaves of the given numbers, and whether the arithmetic behind its results
+        is true. Of readings that leave the same the first counts, results before given numbers.
     """
-    if len(numbers) > given.total():
-        return []
-    options: list[list[Result]] = []
-    for n in numbers:
-        result, as_given = made.get(Fraction(n)), (Counter([n]), True)
-        options.append([as_given] if result is None else [result, as_given])
-    readings = [
-        (sum((used for used, _ in chosen), Counter()), all(true for _, true in chosen))
-        for chosen in product(*options)
-    ]
-    return [(used, true) for used, true in readings if used <= given]
+    if len(numbers) > len(given):
+        return {}
+    readings = {given: True}
+    for number in numbers:
+        options = [((number,), True)]
+        if (result := made.get(Fraction(number))) is not None:
+            options.insert(0, result)
+        further: dict[Numbers, bool] = {}
+        for left, true in readings.items():
+            for used, also_true in options:
+                rest = _without(left, used)
+                if rest is not None:
+                    further.setdefault(rest, true and also_true)
+        readings = further
+    return readings
+
+
+def _without(numbers: Numbers, used: Numbers) -> Numbers | None:
+    """The numbers that are left; None if not all that were used are among them."""
+    rest = list(numbers)
+    for number in used:
+        if number not in rest:
+            return None
+        rest.remove(number)
+    return tuple(rest)
 
 
 def _value(answer: str | None) -> Fraction | None:

@@ -11,15 +11,17 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mini_r1 import BAD_INPUT, FAILED, INTERRUPTED, InputError, RunFailed, __version__
+from mini_r1 import BAD_INPUT, FAILED, SIGNALLED, InputError, RunFailed, __version__, visible
 from mini_r1.model import EMBEDDED_BASES
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ def exit_code(command: Callable[[], None]) -> int:
         command()
     except (InputError, RunFailed) as error:
         if isinstance(error, RunFailed) or is_main_process():
-            print(f"error: {error}", file=sys.stderr)
+            print(visible(f"error: {error}"), file=sys.stderr)
         return BAD_INPUT if isinstance(error, InputError) else FAILED
     except KeyboardInterrupt as interrupt:
         if is_main_process():
@@ -70,15 +72,16 @@ def exit_code(command: Callable[[], None]) -> int:
         # CPython 3.11 remembers a Ctrl-C that came into code from a string, as dataclasses have it,
         # and `python -m` would die of it in the end; any other such code makes it forget.
         exec("")
-        return INTERRUPTED
+        return SIGNALLED + getattr(interrupt, "number", signal.SIGINT)
     return 0
 
 
 def _command_line() -> str:
-    """What was typed to start this process, or the launcher that did."""
+    """What was typed to start this process, or the launcher that did, fit to be shown."""
     import psutil
 
     from mini_r1.launch.machine import launched
+    from mini_r1.syntax import presentable
 
     parent = psutil.Process().parent() if launched() else None
     words = parent.cmdline() if parent else sys.orig_argv
@@ -86,7 +89,7 @@ def _command_line() -> str:
         words = words[1:]
         name = os.path.basename(words[0])
         words[0] = name if shutil.which(name) == words[0] else words[0]
-    return shlex.join(words)
+    return shlex.join(presentable(words))
 
 
 def train_here(recipe: "Recipe") -> None:
@@ -97,14 +100,40 @@ def train_here(recipe: "Recipe") -> None:
     from mini_r1.launch.machine import end_with_launcher, is_main_process, num_processes
     from mini_r1.launch.plan import check_processes
     from mini_r1.lock import FolderLock
+    from mini_r1.stdio import outlive_readers
 
     check_processes(recipe, num_processes())
     end_with_launcher()
+    outlive_readers()
+    threading.excepthook = _thread_failed
     try:
         with FolderLock(recipe.run_dir) if is_main_process() else nullcontext():
             _train(recipe)
     except InputError as error:
         raise recipe.place(error) from error
+    except Exception as error:
+        if _of_a_full_disk(error):
+            raise RunFailed(
+                f"the disk under {recipe.run_dir} is full; make room, and the same command goes on"
+            ) from None
+        raise
+
+
+def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread; that the disk is full is told once, by the main one."""
+    if not _of_a_full_disk(args.exc_value):
+        threading.__excepthook__(args)
+
+
+def _of_a_full_disk(error: BaseException | None) -> bool:
+    """Whether this came of a disk, or its quota, that is full; libraries wrap it in their ways."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(said in str(error) for said in ("os error 28", "os error 122", "inline_container")):
+            return True  # safetensors; torch.save
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _train(recipe: "Recipe") -> None:
@@ -137,9 +166,8 @@ def _train(recipe: "Recipe") -> None:
 def train(args: argparse.Namespace) -> None:
     from mini_r1.launch.doctor import first_problem
     from mini_r1.launch.plan import launch, make_plan
-    from mini_r1.recipe import load_recipe
 
-    plan = make_plan(load_recipe(args.recipe, args.overrides), _machine(args))
+    plan = make_plan(_recipe(args), _machine(args))
     if args.dry_run:
         print(plan)
         return
@@ -154,6 +182,13 @@ def train(args: argparse.Namespace) -> None:
         launch(plan)
     else:
         train_here(plan.recipe)
+
+
+def _recipe(args: argparse.Namespace) -> "Recipe":
+    from mini_r1.recipe import load_recipe
+    from mini_r1.syntax import take_hub_token
+
+    return load_recipe(args.recipe, take_hub_token(args.overrides))
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -211,9 +246,9 @@ def _output_file(name: str, option: str) -> Path:
 def slurm(args: argparse.Namespace) -> None:
     from mini_r1.launch.machine import Machine
     from mini_r1.launch.slurm import plan_job, submit_command
-    from mini_r1.recipe import ROOT, load_recipe
+    from mini_r1.recipe import ROOT
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe = _recipe(args)
     job = plan_job(recipe, args.nodes, Machine(args.gpus_per_node, args.gpu_memory))
     command = submit_command(recipe, args.nodes, args.gpus_per_node, args.time)
     print(f"{job}\nsubmit      {shlex.join(command)}", flush=True)
@@ -650,11 +685,11 @@ def _machine_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _mapping(text: str) -> dict:
-    import yaml
+    from mini_r1.files import load_yaml
 
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = load_yaml(text)
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("want a mapping such as '{nums: numbers}'")

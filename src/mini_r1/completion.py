@@ -7,16 +7,23 @@ about rewards: `rewards.py` does.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from fractions import Fraction
+from itertools import pairwise
 
-from mini_r1.countdown.expression import MAX_CHARS, ExpressionError, parse
+from mini_r1.countdown.expression import Equation, ExpressionError, parse
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
 
-# What equations in running text are made of; a line's bullet dash is not part of one.
-_ARITHMETIC = re.compile(r"[0-9+\-*/()= \t]+")
+# How much of a text's equations is read, in characters: a thousand claims. The longest completion
+# of our recipes, 1024 tokens, has some 4000 characters in all.
+MAX_EQUATIONS = 8_000
+
+# What equations in running text are made of; a line's bullet dash is not part of one. A run is
+# tried from its first character only, and given up as a whole: linear whatever the text.
+_SIDE = r"[0-9+\-*/() \t]"
+_EQUATIONS = re.compile(rf"(?<!{_SIDE}){_SIDE}++(?:={_SIDE}*+)+")
 _BULLET = re.compile(r"^[ \t]*[-*][ \t]+", re.MULTILINE)
 _DECIMALS = re.compile(r"\.[0-9]")
 
@@ -40,12 +47,20 @@ class Completion:
 
 @dataclass(frozen=True)
 class Claim:
-    """An arithmetic claim `left = right` in a text, its place there, and whether it is true."""
+    """An arithmetic claim `left = right` in a text, and its place there.
+
+    Attributes:
+        numbers: those on the left, in their order.
+        value: what the right side is worth.
+        true: whether the left side is worth that, too.
+    """
 
     left: str
     right: str
     start: int
     end: int
+    numbers: tuple[int, ...]
+    value: Fraction
     true: bool
 
 
@@ -70,23 +85,30 @@ def claims(text: str) -> Iterator[Claim]:
     """The arithmetic claims of a text, in order.
 
     `8 + 13 = 21` is one, `99 - 75 + 62 = 24 + 62 = 86` holds two. A claim has an operator on its
-    left and plain integer arithmetic on both sides; `4 / 3 = 1.33` is none.
+    left and plain integer arithmetic on both sides; `4 / 3 = 1.33` is none. Linear in the length of
+    the text: no more than its first MAX_EQUATIONS characters of equations are read.
     """
-    text = _BULLET.sub(lambda match: " " * len(match[0]), text)
-    for run in _ARITHMETIC.finditer(text):
-        sides = run[0].split("=")
+    unread = MAX_EQUATIONS
+    for run in _EQUATIONS.finditer(text):
+        unread -= len(run[0])
+        if unread < 0:
+            return
+        start = run.start()
+        if bullet := _BULLET.match(text, start):
+            start = bullet.end()
+        sides = text[start : run.end()].split("=")
         if _DECIMALS.match(text, run.end()):
             sides.pop()
-        ends = list(accumulate((len(side) + 1 for side in sides), initial=run.start()))
-        spans = [_trimmed(text, start, end - 1) for start, end in pairwise(ends)]
-        for (start, left_end), (right_start, end) in pairwise(spans):
-            left, right = text[start:left_end], text[right_start:end]
-            if len(left) > MAX_CHARS or left.removeprefix("-").isdigit():
-                continue  # no operator: `-5 = -5` claims nothing
-            try:
-                yield Claim(left, right, start, end, parse(left).value == parse(right).value)
-            except ExpressionError:
-                continue
+        judged = []
+        for side in sides:
+            judged.append(_judged(side, start))
+            start += len(side) + 1
+        for left, right in pairwise(judged):
+            # Without an operator, as in `-5 = -5`, nothing is claimed.
+            if left and right and not left.text.removeprefix("-").isdigit():
+                numbers, value = left.equation.numbers, right.equation.value
+                true = left.equation.value == value
+                yield Claim(left.text, right.text, left.start, right.end, numbers, value, true)
 
 
 def marked(text: str) -> Iterator[tuple[str, bool | None]]:
@@ -104,23 +126,32 @@ def marked(text: str) -> Iterator[tuple[str, bool | None]]:
     yield text[position:], None
 
 
-def printable(text: str) -> str:
-    """The text without control characters, by which a model could write anywhere on a terminal."""
-    return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
+@dataclass(frozen=True)
+class _Side:
+    """One side of an equation, its place in the text, and what it is worth."""
+
+    text: str
+    start: int
+    end: int
+    equation: Equation
 
 
-def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
-    """The span without outer blanks and outer brackets that have no partner in it.
+def _judged(side: str, start: int) -> _Side | None:
+    """What stands there, from `start` on, without outer blanks and brackets without a partner.
 
-    The claim in `(8 + 13 = 21)` has two such brackets, one on either side.
+    The claim in `(8 + 13 = 21)` has two such brackets, one on either side. None if the rest is no
+    arithmetic.
     """
-    while start < end:
-        unclosed = text.count("(", start, end) - text.count(")", start, end)
-        first, last = text[start], text[end - 1]
-        if first in " \t)" or (unclosed > 0 and first == "("):
-            start += 1
-        elif last in " \t(" or (unclosed < 0 and last == ")"):
-            end -= 1
-        else:
-            break
-    return start, end
+    first, last = 0, len(side)
+    unclosed = side.count("(") - side.count(")")
+    while first < last and (side[first] in " \t)" or (unclosed > 0 and side[first] == "(")):
+        unclosed += {"(": -1, ")": 1}.get(side[first], 0)
+        first += 1
+    while first < last and (side[last - 1] in " \t(" or (unclosed < 0 and side[last - 1] == ")")):
+        unclosed += {"(": -1, ")": 1}.get(side[last - 1], 0)
+        last -= 1
+    text = side[first:last]
+    try:
+        return _Side(text, start + first, start + last, parse(text))
+    except ExpressionError:
+        return None

@@ -48,6 +48,19 @@ def conflicts(get: Callable[[str], Any]) -> Iterator[tuple[Any, str, str]]:
             key,
             "quantized weights cannot be trained themselves; write use_peft: true",
         )
+    given = get("model_init_kwargs") or {}
+    untrusted = "trust_remote_code"
+    yield (
+        get(untrusted) or given.get(untrusted),
+        untrusted if get(untrusted) else "model_init_kwargs",
+        "code that a model brings is never run; leave trust_remote_code out",
+    )
+    for key, safe in (("use_safetensors", True), ("weights_only", True)):
+        yield (
+            given.get(key, safe) is not safe,
+            "model_init_kwargs",
+            f"pickles are never loaded; leave {key} out",
+        )
     yield get("bf16") and get("fp16"), "fp16", both.format("bf16")
     full = "bf16_full_eval"
     yield get(full) and get("fp16_full_eval"), "fp16_full_eval", both.format(full)
@@ -135,6 +148,12 @@ def conflicts(get: Callable[[str], Any]) -> Iterator[tuple[Any, str, str]]:
         get("log_completions_hub_repo") and not get("log_completions"),
         "log_completions_hub_repo",
         "needs log_completions: true",
+    )
+    strategy = get("hub_strategy")
+    yield (
+        strategy in ("checkpoint", "all_checkpoints"),
+        "hub_strategy",
+        f"{strategy} would make pickles public; write every_save or end",
     )
 
     # Sampling.

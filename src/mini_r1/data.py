@@ -443,7 +443,12 @@ def _check_column(name: str, values: Sequence[Any]) -> None:
     import pyarrow
 
     try:
+        pyarrow.array([name])
         pyarrow.array(values)
+    except UnicodeEncodeError as error:  # as JSON may spell it, "\\ud800"
+        raise InputError(
+            f"the column '{name}' holds text that is none: {one_line(error, 120)}", key=KEY
+        ) from None
     except (pyarrow.ArrowException, OverflowError) as error:
         raise InputError(
             f"the column '{name}' cannot go to the rewards, its values differ in kind: "

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 
-from mini_r1 import InputError, RunFailed, quirks
+from mini_r1 import InputError, RunFailed, quirks, visible
 from mini_r1.behaviors import behavior, summarize_behaviors
 from mini_r1.countdown.puzzles import Puzzle, uniform_hash
 from mini_r1.countdown.solver import Difficulty, difficulty
@@ -153,10 +153,10 @@ def progress_bar(
     """
     console = rich.get_console()
     disable = not (shown and console.is_interactive)
-    what = TextColumn(f"evaluating {name}")
+    what = TextColumn("{task.description}", markup=False)  # a name could hold some
     columns = (what, BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=disable) as progress:
-        task = progress.add_task(name, total=completions)
+        task = progress.add_task(f"evaluating {visible(name)}", total=completions)
         yield lambda new: progress.advance(task, new)
 
 
@@ -182,15 +182,16 @@ def sample_batches(
         max_completion_length: in tokens; longer completions are cut and count as truncated.
         chat_template_kwargs: see `PromptTemplate.renderer`.
         columns: further ones of the puzzles: `Split.columns`.
-        on_batch: called after each batch with the number of completions it held.
+        on_batch: called after each batch with the number of its completions; by all processes,
+            also by one that has only repeated a batch.
 
     Returns:
         (batch index, its samples), the samples of one puzzle side by side.
 
     Raises:
         InputError: this model cannot be asked so.
-        RunFailed: the success reward returned something else than 0 to 1, or the model has NaN or
-            infinity where probabilities belong.
+        RunFailed: the success reward returned something else than 0 to 1.
+        NoProbabilities: once all is sampled, so that the other processes need not wait.
     """
     # What all batches share.
     num_samples, rows = task.num_eval_samples, [row_columns(item, columns) for item in puzzles]
@@ -222,6 +223,7 @@ def sample_batches(
             )
 
             # Judge: [batch * num_samples, completion].
+            kept = []
             if index == first + process:
                 completions = sequences[:, inputs["input_ids"].shape[1] :].tolist()
                 kept, truncated = _cut(completions, stops)
@@ -239,7 +241,7 @@ def sample_batches(
                     strict=True,
                 )
                 batches.append((index, [Sample(*each) for each in columns_of_samples]))
-                on_batch(len(completions))
+            on_batch(len(kept))
     model.train(was_training)
     logits.check()
     return batches
@@ -403,7 +405,7 @@ def success_of(
         RunFailed: it says something else.
     """
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    returned = reward.function(
+    returned = reward.call(
         prompts=list(prompts),
         completions=list(texts),
         completion_ids=list(ids),
@@ -477,6 +479,10 @@ def sampling(
     )
 
 
+class NoProbabilities(RunFailed):
+    """A model gave NaN or infinity in place of logits."""
+
+
 class FiniteLogits(LogitsProcessor):
     """Lets sampling go on where a model's logits are NaN or infinite, and remembers them.
 
@@ -499,10 +505,10 @@ class FiniteLogits(LogitsProcessor):
         """Whether all of them were finite.
 
         Raises:
-            RunFailed: they were not; what was sampled means nothing.
+            NoProbabilities: they were not; what was sampled means nothing.
         """
         if self._broken:
-            raise RunFailed(
+            raise NoProbabilities(
                 "the model gives NaN or infinity in place of probabilities; take one of an earlier "
                 "checkpoint, or another dtype"
             )

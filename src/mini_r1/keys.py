@@ -278,7 +278,7 @@ class Key:
                 return json.loads(text)
             except (ValueError, RecursionError):
                 pass
-        elif self.name in _MAPPING_OR_PATH:
+        elif self.name in MAPPING_OR_PATH:
             return text
         raise TypeError(f"want a mapping, got {shortened(text)!r}")
 
@@ -418,7 +418,7 @@ _SPOKEN = {
     "dict": "a mapping",
 }
 # Keys that take a mapping, or the path of a file with one.
-_MAPPING_OR_PATH = ("accelerator_config", "fsdp_config", "deepspeed")
+MAPPING_OR_PATH = ("accelerator_config", "fsdp_config", "deepspeed")
 
 
 def typed(node: yaml.Node, annotation: str) -> Any:
@@ -456,6 +456,8 @@ def typed(node: yaml.Node, annotation: str) -> Any:
 def _scalar(node: yaml.ScalarNode, kinds: set[str]) -> tuple[bool, Any]:
     """Whether a scalar can be of one of the types, and what it then is."""
     text, plain = node.value, node.style is None
+    if unwritable := re.search("[\0\ud800-\udfff]", text):  # no path, and no UTF-8
+        raise ValueError(f"no text may hold U+{ord(unwritable[0]):04X}")
     anything = "Any" in kinds
     if plain and text in _NULLS:
         return anything or "None" in kinds, None

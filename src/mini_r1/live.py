@@ -23,9 +23,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
-from mini_r1 import quirks
+from mini_r1 import quirks, visible
 from mini_r1.callbacks import TrainClock
-from mini_r1.completion import marked, printable
+from mini_r1.completion import marked
 from mini_r1.metrics import EVAL_SUCCESS, METRICS, PANEL
 from mini_r1.rollouts import Rollout, RolloutRecorder
 
@@ -51,7 +51,7 @@ class LiveView(TrainerCallback):
     """
 
     def __init__(self, name: str, clock: TrainClock, recorder: RolloutRecorder):
-        self._name, self._clock, self._recorder = name, clock, recorder
+        self._name, self._clock, self._recorder = visible(name), clock, recorder
         self._live: Live | None = None
         self._redirected: list[tuple[logging.StreamHandler, Any]] = []
         self._sample: Rollout | None = None
@@ -82,7 +82,7 @@ class LiveView(TrainerCallback):
             streams = (sys.stdout, sys.stderr)
             self._restore_terminal = _quiet_ctrl_c(console)
             self._live = Live(
-                get_renderable=lambda: self._panel(state),
+                get_renderable=lambda: self._panel(state, control),
                 console=console,
                 refresh_per_second=REFRESHES,
             )
@@ -107,16 +107,14 @@ class LiveView(TrainerCallback):
         samples = self._micro_batches % (args.steps_per_generation * args.num_iterations) == 0
         self._phase, self._sampled = "sampling" if samples else "learning", self._recorder.latest
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if control.should_save:
-            self._phase = "saving"
-
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
         """What the run does meanwhile, as the panel says it."""
         before, self._phase = self._phase, name
-        yield
-        self._phase = before
+        try:
+            yield
+        finally:
+            self._phase = before
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self._live is not None:
@@ -135,7 +133,7 @@ class LiveView(TrainerCallback):
                 "  ".join([step, *figures(state.log_history), self._time_left(state)]), flush=True
             )
 
-    def _panel(self, state: Any) -> Panel:
+    def _panel(self, state: Any, control: Any) -> Panel:
         # How far it is.
         progress = Table.grid(padding=(0, 1), expand=True)
         progress.add_column(no_wrap=True)
@@ -145,7 +143,8 @@ class LiveView(TrainerCallback):
         progress.add_row(f"step {state.global_step}/{state.max_steps}", bar, self._time_left(state))
         sampled = self._phase == "sampling" and self._recorder.latest is not self._sampled
         elapsed = timedelta(seconds=int(time.monotonic() - self._started))
-        phase = f"{'learning' if sampled else self._phase}, {elapsed} elapsed"
+        doing = "saving" if control.should_save else "learning" if sampled else self._phase
+        phase = f"{doing}, {elapsed} elapsed"
 
         # How good it is.
         history = state.log_history
@@ -166,7 +165,7 @@ class LiveView(TrainerCallback):
             lines += ["", *_shown(self._sample)]
         return Panel(
             Group(*lines),
-            title=f"Mini-R1: {self._name}",
+            title=Text(f"Mini-R1: {self._name}"),  # a text could hold markup
             title_align="left",
             subtitle=LEGEND,
             subtitle_align="left",
@@ -228,6 +227,6 @@ def _shown(sample: Rollout) -> list[Text]:
     title = Text(f"step {sample.step}: {sample.question}  ", style="bold")
     title.append(sample.verdict, style="green" if sample.solved else "red")
     text = Text()
-    for part, true in marked(printable(sample.text).strip()):
-        text.append(part, style={True: "green", False: "red underline", None: ""}[true])
+    for part, true in marked(sample.text.strip()):
+        text.append(visible(part), style={True: "green", False: "red underline", None: ""}[true])
     return [title, Text("… ") + text[-SAMPLE_CHARS:] if len(text) > SAMPLE_CHARS else text]

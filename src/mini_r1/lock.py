@@ -42,9 +42,7 @@ class FolderLock:
             last = time.monotonic() > deadline
             try:
                 self._open = self._try(last)
-            except (
-                FileNotFoundError
-            ):  # another process has just removed the folder, or it cannot be
+            except FileNotFoundError:  # the one who held it has just removed the folder
                 if last:
                     break
             except OSError:
@@ -70,6 +68,7 @@ class FolderLock:
         # Was it removed by the one who held it, after it was opened here?
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), self._file.stat()):
+                os.register_at_fork(after_in_child=file.close)  # a child may outlive this process
                 since = datetime.now(UTC).isoformat(timespec="seconds")
                 file.truncate(0)
                 json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": since}, file)

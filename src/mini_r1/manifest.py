@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -70,8 +71,8 @@ class DataRecord(TypedDict):
 class RunManifest(TypedDict):
     """What `manifest.json` of a run holds.
 
-    `folder` is where the command was given: relative paths of the recipe count from there.
-    `started` is UTC.
+    `folder` is where the command was given: relative paths of the recipe count from there. In both
+    the home folder is ~: a record may be shown. `started` is UTC.
     """
 
     command: list[str]
@@ -104,8 +105,8 @@ def build_manifest(
     if base is not None:
         model["base"] = base
     return {
-        "command": sys.argv,
-        "folder": os.getcwd(),
+        "command": [_without_home(word) for word in sys.argv],
+        "folder": _without_home(os.getcwd()),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "hardware": hardware(),
@@ -114,6 +115,11 @@ def build_manifest(
         "model": model,
         "data": data,
     }
+
+
+def _without_home(word: str) -> str:
+    home = os.path.expanduser("~").rstrip("/")
+    return re.sub(rf"(^|=){re.escape(home)}(?=/|$)", r"\1~", word) if home else word
 
 
 def versions() -> dict[str, str]:
@@ -147,7 +153,7 @@ def weights_hash(folder: str | Path) -> str | None:
     Of an adapter, over those of its base before them. None for what is no local model.
     """
     folder = Path(folder)
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*_model*.bin"))
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         return None
     digest = sha256()

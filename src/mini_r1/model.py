@@ -123,7 +123,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokeniz
     key = "model_name_or_path"
     try:
         path = tokenizer_path(name, revision)
-        loaded = AutoTokenizer.from_pretrained(path, revision=revision)
+        # Else transformers would ask a user at a terminal whether to run what the model brings.
+        loaded = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except InputError:
         raise
     except Exception as error:  # the tokenizers library raises plain ones
@@ -317,6 +318,8 @@ def _load_whole(name: str, revision: str | None, **how: Any) -> "PreTrainedModel
                 model_path(name),
                 revision=revision,
                 dtype="auto",
+                use_safetensors=True,
+                trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **how,
@@ -354,6 +357,8 @@ def _loading(name: str) -> Generator[None]:
 
 def model_error(name: str, error: Exception) -> InputError:
     """What to tell a user whose model cannot be loaded, in one line."""
+    if "use_safetensors" in str(error):
+        error = OSError("it comes as a pickle, which could run code of its author's")
     here = Path(model_path(name)).is_dir()
     instead = "" if here else f"; without network write a local folder or {EMBEDDED_BASES[0]}"
     return InputError(

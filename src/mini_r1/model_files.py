@@ -1,8 +1,7 @@
 """What a model folder holds, told from its files without loading a weight: can it be used?
 
     config.json  generation_config.json             as transformers writes them
-    model.safetensors                               or model.safetensors.index.json and its shards,
-                                                    or pytorch_model.bin likewise
+    model.safetensors                               or model.safetensors.index.json and its shards
     tokenizer.json  ...                             as transformers writes them
     adapter_config.json  adapter_model.safetensors  instead: an adapter of PEFT and its base's name
 
@@ -15,7 +14,6 @@ import ast
 import importlib.util
 import json
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import version
@@ -25,8 +23,7 @@ from typing import Any
 from mini_r1 import InputError, one_line
 
 CONFIG_FILE, ADAPTER_CONFIG_FILE = "config.json", "adapter_config.json"
-SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+SAFETENSORS, ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -126,10 +123,10 @@ def adapter_problems(folder: Path) -> Iterator[InputError]:
                 f"{folder} is an adapter of the type {config['peft_type']}, which cannot be merged "
                 "into its base; write a model, or a LoRA adapter"
             )
-        weights = next((folder / n for n in ADAPTER_WEIGHTS if (folder / n).is_file()), None)
-        if weights is None:
-            raise _error(f"{folder} holds an adapter without weights: no {ADAPTER_WEIGHTS[0]}")
-        _tensors_of(weights)
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            _refuse_pickles(folder)
+            raise _error(f"{folder} holds an adapter without weights: no {ADAPTER_WEIGHTS}")
+        _tensors_of(folder / ADAPTER_WEIGHTS)
     except InputError as error:
         yield error
 
@@ -180,18 +177,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The dtype and shape of every tensor, by name; none of those in .bin files.
+    """The dtype and shape of every tensor, by name.
 
     Raises:
         InputError: files are missing, or are not what they should be.
     """
     # As transformers looks for them, in this order.
-    for name in (SAFETENSORS, PICKLE):
-        if (folder / name).is_file():
-            return _tensors_of(folder / name)
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            return _tensors_of_shards(index)
+    if (folder / SAFETENSORS).is_file():
+        return _tensors_of(folder / SAFETENSORS)
+    index = folder / f"{SAFETENSORS}.index.json"
+    if index.is_file():
+        return _tensors_of_shards(index)
+    _refuse_pickles(folder)
     if any(folder.glob("*.gguf")):
         raise _error(f"{folder} holds GGUF files, which cannot be trained; take its safetensors")
     raise _error(f"{folder} holds no weights: no {SAFETENSORS} in it")
@@ -218,27 +215,26 @@ def _tensors_of_shards(index: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _tensors_of(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The header of a safetensors file; nothing of a .bin file, once it looks whole."""
+    """The header of a safetensors file."""
     try:
-        if path.suffix == ".bin":
-            _check_pickle(path)
-            return {}
         return _safetensors_header(path)
     except OSError as error:
         raise _error(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _check_pickle(path: Path) -> None:
-    """A .bin file is loaded with torch.load(weights_only=True), which runs no code of its pickle.
+def _refuse_pickles(folder: Path) -> None:
+    """Such a file is a program for whoever loads it, and old libraries run it.
 
-    So it may be used. PyTorch writes a zip archive since 1.6, and wrote a bare pickle before.
+    Raises:
+        InputError: the weights are in one.
     """
-    if _is_pointer(path):
-        raise _pointer(path)
-    with path.open("rb") as file:
-        old = file.read(1) == b"\x80"
-    if not old and not zipfile.is_zipfile(path):
-        raise _error(f"{path} is cut off, or no file of PyTorch's; download it again")
+    pickles = (path for end in ("bin", "pt", "pth") for path in sorted(folder.glob(f"*.{end}")))
+    pickle = next((path for path in pickles if path.name != "training_args.bin"), None)
+    if pickle is not None:
+        raise _error(
+            f"{pickle} is a pickle, which could run code of its author's, and is not loaded; take "
+            "the model's safetensors: https://huggingface.co/spaces/safetensors/convert makes them"
+        )
 
 
 def _safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -19,8 +19,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from mini_r1 import InputError
-from mini_r1.completion import claims, parse_completion, printable
+from mini_r1 import InputError, visible
+from mini_r1.completion import claims, parse_completion
 from mini_r1.countdown.expression import ExpressionError, parse
 from mini_r1.countdown.puzzles import Puzzle, PuzzleSpace
 from mini_r1.countdown.solver import check_numbers, solve
@@ -109,7 +109,7 @@ def play(
         if known and (strange := beyond(puzzle, task.space)):
             print(f"This is not what it was trained on: {strange}.")
     else:
-        print(printable(task.template.question(columns_of_row)))
+        print(visible(task.template.question(columns_of_row)))
 
     def written(model: str, write: Write) -> str:
         return think(model, columns_of_row, task, max_completion_length, seed, write, kwargs)
@@ -130,7 +130,7 @@ def play(
 
     def column(title: str, model: str) -> str:
         text = written(model, lambda part: None)
-        return f"{title}\n\n{printable(text).strip()}\n\n{verdict(text)}"
+        return f"{title}\n\n{visible(text).strip()}\n\n{verdict(text)}"
 
     columns = shutil.get_terminal_size().columns
     print(side_by_side(column(base, base), column(name, weights), width=columns))
@@ -150,7 +150,7 @@ def beyond(puzzle: Puzzle, space: PuzzleSpace) -> str:
 
 
 def _to_screen(part: str) -> None:
-    print(printable(part), end="", flush=True)
+    print(visible(part), end="", flush=True)
 
 
 def think(

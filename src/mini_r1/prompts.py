@@ -15,10 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import yaml
-
 from mini_r1 import InputError, one_line
 from mini_r1.completion import THINK_CLOSE, THINK_OPEN
+from mini_r1.files import load_yaml, read_text, reason
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -313,10 +312,9 @@ def get_prompt_template(name: str) -> PromptTemplate:
     if name in PROMPT_TEMPLATES:
         return PROMPT_TEMPLATES[name]
     try:
-        text = Path(name).read_text(encoding="utf-8").removesuffix("\n")
+        text = read_text(Path(name)).removesuffix("\n")
     except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or one_line(error)
-        raise _error(f"{name} cannot be read: {problem}") from None
+        raise _error(f"{name} cannot be read: {reason(error)}") from None
     template = _chat(name, text) if name.endswith(CHAT_FILES) else PromptTemplate(text)
     if not template.user.strip():
         raise _error(f"{name} asks nothing")
@@ -324,6 +322,8 @@ def get_prompt_template(name: str) -> PromptTemplate:
 
     try:
         _compiled(template.user)
+    except RecursionError:
+        raise _error(f"{name} is nested too deeply") from None
     except TemplateSyntaxError as error:
         line = template.user.splitlines()[error.lineno - 1].strip()
         raise _error(f"{name}: {error.message}, in '{one_line(line, 60)}'") from None
@@ -332,9 +332,9 @@ def get_prompt_template(name: str) -> PromptTemplate:
 
 def _chat(name: str, text: str) -> PromptTemplate:
     try:
-        messages = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise _error(f"{name} is not valid YAML: {one_line(error, 160)}") from None
+        messages = load_yaml(text)
+    except ValueError as error:
+        raise _error(f"{name}: {one_line(error, 200)}") from None
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise _error(f"{name}: {ROLES}")
     contents = {message["role"]: message["content"] for message in messages}
@@ -359,14 +359,15 @@ def _is_message(message: object) -> bool:
 
 @cache
 def _compiled(text: str) -> "Template":
-    from jinja2 import Environment, StrictUndefined, UndefinedError
+    from jinja2 import StrictUndefined, UndefinedError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # a file may come from anywhere
 
     def present(value: Any) -> Any:
         if value is None:
             raise UndefinedError("a column that is filled in holds nothing")
         return value
 
-    environment = Environment(
+    environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, keep_trailing_newline=True, finalize=present
     )
     return environment.from_string(text)

@@ -8,7 +8,7 @@ goes. Imports are late, since most of these libraries are slow to import.
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,6 +73,38 @@ def end_colocated_vllm(trainer: "GRPOTrainer") -> None:
         generation.llm.llm_engine.engine_core.shutdown()
 
 
+def show_key(address: str, header: Mapping[str, str]) -> None:
+    """Have this process bring a header in every request to the vLLM server at an address.
+
+    TRL 1.16's client can be told of none. It sends with requests, whose adapters are asked for
+    further headers of each request; in the address the key would stand in the client's errors.
+    """
+    from urllib.parse import urlsplit
+
+    from requests.adapters import HTTPAdapter
+
+    def add_headers(self: HTTPAdapter, request: Any, **_: Any) -> None:
+        if urlsplit(request.url).netloc == urlsplit(address.lower()).netloc:
+            request.headers.update(header)
+
+    HTTPAdapter.add_headers = add_headers
+
+
+def upload_only(patterns: Sequence[str]) -> None:
+    """Have a Trainer upload those files of a run folder, and nothing else.
+
+    transformers 5.17 uploads the whole folder but for checkpoints, by either of its two ways, at
+    the end and at a save; both ask one object of huggingface_hub's for it.
+    """
+    from functools import partial
+
+    from transformers.utils.hub import hf_api
+
+    api = hf_api()
+    only = partial(type(api).upload_folder, api, allow_patterns=[*patterns])
+    setattr(api, "upload_folder", only)  # noqa: B010
+
+
 def quiet_unscored_completions() -> None:
     """Drop the warning of a completion for which every reward is None; the recorder tells of it.
 
@@ -82,6 +114,24 @@ def quiet_unscored_completions() -> None:
     logging.getLogger("trl.trainer.grpo_trainer").addFilter(
         lambda record: warning not in record.getMessage()
     )
+
+
+def make_logged_completions_visible() -> None:
+    """Let no text act on the terminal that log_completions prints.
+
+    TRL 1.16 hands it to rich 15, which lets escape sequences through.
+    """
+    from trl.trainer import grpo_trainer, utils
+
+    from mini_r1 import visible
+
+    def print_visibly(prompts: Any, completions: Any, *others: Any, extra: Any = None) -> None:
+        prompts = [visible(str(text)) for text in prompts]
+        completions = [visible(str(text)) for text in completions]
+        extra = {name: [visible(str(each)) for each in column] for name, column in extra.items()}
+        utils.print_prompt_completions_sample(prompts, completions, *others, extra=extra)
+
+    setattr(grpo_trainer, "print_prompt_completions_sample", print_visibly)  # noqa: B010
 
 
 def hub_commit(model: "nn.Module | None") -> str | None:

@@ -7,6 +7,7 @@ well under a second.
 """
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,9 @@ from mini_r1 import InputError
 from mini_r1.completion import THINK_OPEN
 from mini_r1.conflicts import conflicts
 from mini_r1.countdown.puzzles import PuzzleSpace, PuzzleSpaceError
+from mini_r1.files import read_text, reason
 from mini_r1.keys import (
+    MAPPING_OR_PATH,
     MODEL_CLASSES,
     TRAINING_CLASSES,
     Key,
@@ -32,7 +35,7 @@ from mini_r1.keys import (
 )
 from mini_r1.prompts import PROMPT_TEMPLATES, PromptTemplate, get_prompt_template
 from mini_r1.rewards import REWARDS, get_reward_functions
-from mini_r1.syntax import node_of, parse_overrides, read_yaml, reason
+from mini_r1.syntax import node_of, parse_overrides, read_yaml
 
 _PACKAGE = Path(__file__).parent
 # What lies beside the package in a checkout, recipes/, configs/ and scripts/, is inside of it once
@@ -40,7 +43,8 @@ _PACKAGE = Path(__file__).parent
 ROOT = _PACKAGE.parents[1] if _PACKAGE.parent.name == "src" else _PACKAGE
 RECIPES = ROOT / "recipes"
 
-TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # as the hub makes them
+# A token as the hub makes them, and the password in an address.
+SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}|://[^/\s]*:[^/\s]*@")
 
 # What every run wants unless its recipe says otherwise.
 TRAINING_DEFAULTS = {
@@ -82,7 +86,7 @@ OLD_KEYS = {
     "per_gpu_eval_batch_size": "write per_device_eval_batch_size",
     "push_to_hub_model_id": "write hub_model_id",
     "push_to_hub_organization": "write hub_model_id: organization/name",
-    "push_to_hub_token": "leave it out: set HF_TOKEN, or run 'hf auth login'",
+    "push_to_hub_token": "leave it out: give --hub_token on the command line, or set HF_TOKEN",
     "torchdynamo": "write torch_compile_backend",
     "dispatch_batches": "write accelerator_config: {dispatch_batches: ...}",
     "split_batches": "write accelerator_config: {split_batches: ...}",
@@ -369,11 +373,23 @@ def load_recipe(
         if wrong:
             raise recipe.error(problem, key)
     if to_train:
+        _check_config_files(recipe)
         try:
             _check_task(task)
         except InputError as error:
             raise recipe.place(error) from None
     return recipe
+
+
+def _check_config_files(recipe: Recipe) -> None:
+    """Whether the files that stand for a mapping, such as DeepSpeed's, hold one."""
+    for key in MAPPING_OR_PATH:
+        file = recipe.training.get(key)
+        if isinstance(file, str) and Path(file).exists():
+            try:
+                json.loads(read_text(Path(file)))
+            except (OSError, ValueError, RecursionError) as error:
+                raise recipe.error(f"{file} cannot be read: {reason(error)}", key) from None
 
 
 def _check_task(task: TaskConfig) -> None:
@@ -416,6 +432,7 @@ def find_recipe(name: str | Path) -> Path:
         near = os.path.relpath(found)
         return found if near.startswith(os.pardir) else Path(near)
     if something:
+        # A pipe is refused, too: every process of a run reads its recipe.
         kind = "a folder" if path.is_dir() else "no ordinary file"
         raise InputError(f"{kind}; want a recipe, a YAML file", where=path)
     known = {each.stem: str(each) for each in beside}
@@ -477,12 +494,12 @@ def _refuse_secret(name: str, value: Any) -> None:
     """A run keeps its recipe and its command, shows them in its report, and may upload both.
 
     Raises:
-        ValueError: this is a token of the hub, which it does not repeat.
+        ValueError: this is a secret, which it does not repeat.
     """
-    if (name == "hub_token" and value) or TOKEN.search(str(value)):
+    if (name == "hub_token" and value) or SECRET.search(str(value)):
         raise ValueError(
-            "no place for a secret, since the run keeps its recipe; set HF_TOKEN, or run "
-            "'hf auth login'"
+            "no place for a secret, since the run keeps its recipe; give the hub's as --hub_token "
+            "on the command line or as HF_TOKEN, or run 'hf auth login'"
         )
 
 

@@ -5,6 +5,7 @@ completion out. A malformed completion scores 0. A defect (a missing column, a t
 number) raises; it is never turned into reward 0.
 """
 
+import copy
 import difflib
 import functools
 import importlib
@@ -22,7 +23,7 @@ from fractions import Fraction
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from mini_r1 import InputError, RunFailed, one_line
@@ -141,6 +142,14 @@ class RewardFunction:
         except TypeError as error:
             raise _uncallable(self.path, error, there) from None
 
+    def call(self, **columns: Any) -> Any:
+        """What the function returns, or the coroutine that it gives.
+
+        It gets copies: what it changes is neither recorded, nor seen by other rewards, nor trained
+        on.
+        """
+        return self.function(**{name: _copied(value) for name, value in columns.items()})
+
     @contextmanager
     def blamed(self, step: int) -> Generator[None]:
         """An exception of the function names it, and is a defect, whatever it is."""
@@ -194,6 +203,22 @@ def _number(entry: Any) -> float | None:
         return float(entry.item() if hasattr(entry, "item") else entry)
     except (TypeError, ValueError, OverflowError):
         return float("nan")
+
+
+# What cannot be changed is its own copy.
+_FIXED = frozenset((str, int, float, bool, bytes, type(None), FunctionType, MethodType))
+
+
+def _copied(value: Any) -> Any:
+    """A copy, all that it holds included; functions stay what they are."""
+    kind = type(value)
+    if kind in _FIXED:
+        return value
+    if kind is list:
+        return value.copy() if _FIXED.issuperset(map(type, value)) else [*map(_copied, value)]
+    if kind is dict:
+        return dict(zip(value, map(_copied, value.values()), strict=True))
+    return copy.deepcopy(value)
 
 
 def _short(value: Any) -> str:
@@ -250,7 +275,7 @@ def _find(path: str) -> RewardFunction:
     function: Any = module
     for part in attribute.split("."):
         with _told_in_one_line(path):
-            known = hasattr(function, part)
+            known = part.isidentifier() and hasattr(function, part)
         if not known:
             near = difflib.get_close_matches(part, _functions(module), n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"it has {_listed(_functions(module))}"
@@ -291,7 +316,7 @@ def _import_file(path: str, file: Path) -> ModuleType:
     """A module from its file, under a name that no other module can have."""
     try:
         file = file.expanduser().resolve()
-    except RuntimeError as error:  # the home folder of nobody
+    except (RuntimeError, ValueError) as error:  # the home folder of nobody, or no path at all
         raise _error(f"'{path}': {one_line(error)}") from None
     if not file.is_file():
         raise _error(f"no file {file}")

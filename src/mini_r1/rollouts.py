@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mini_r1 import RunFailed, one_line
+from mini_r1 import RunFailed, one_line, restored, visible
 from mini_r1.behaviors import behavior, summarize_behaviors
 from mini_r1.completion import THINK_OPEN
 from mini_r1.countdown.puzzles import uniform_hash
@@ -75,8 +75,7 @@ class RolloutRecorder:
     """Logs how the model behaves, and keeps some of its completions.
 
     It watches the reward functions, so it sees exactly what was judged. Behaviours are logged over
-    the completions of all ranks; rank 0 keeps completions of its own. With `rewind_samples` before
-    a resume the files end up as if never interrupted.
+    the completions of all ranks; rank 0 keeps completions of its own.
 
     Attributes:
         latest: a fresh completion, on the main process.
@@ -109,12 +108,12 @@ class RolloutRecorder:
     def _watched(self, reward: RewardFunction) -> Callable[..., Any]:
         async def watched_coroutine(**columns: Any) -> list[float | None]:
             with reward.blamed(_step(columns)):
-                returned = await reward.function(**columns)
+                returned = await reward.call(**columns)
             return self._note(reward, returned, columns)
 
         def watched(**columns: Any) -> list[float | None]:
             with reward.blamed(_step(columns)):
-                returned = reward.function(**columns)
+                returned = reward.call(**columns)
             return self._note(reward, returned, columns)
 
         function = watched_coroutine if reward.is_async else watched
@@ -219,7 +218,7 @@ def read_samples(file: Path) -> list[Rollout]:
     rollouts = []
     for head, end in zip(heads, ends, strict=False):  # an empty file has an end, but no head
         step, nums, target, row, judge, rewards = head.groups()
-        text = content[head.end() : end - 2]
+        text = restored(content[head.end() : end - 2])
         if row:
             asked = json.loads(row)
         else:
@@ -229,23 +228,14 @@ def read_samples(file: Path) -> list[Rollout]:
     return rollouts
 
 
-def rewind_samples(folder: Path, step: int) -> None:
-    """Drop what was sampled in later steps than the one to resume from."""
-    for name in (ALL_FILE, SOLVED_FILE):
-        if (path := folder / name).exists():
-            content = path.read_bytes().decode()
-            starts = (head.start() for head in _HEAD.finditer(content) if int(head[1]) > step)
-            path.write_bytes(content[: next(starts, len(content))].encode())
-
-
 def _entry(rollout: Rollout) -> str:
-    # A completion cannot forge an entry: a line of its own that looks like a head is indented.
-    row, text = rollout.row, f"\n{rollout.text}"
+    row, text = rollout.row, f"\n{visible(rollout.text)}"
     asked = f"row {json.dumps(row, default=str)}"
     if row.keys() == PUZZLE:
         asked = f"nums {json.dumps(row['nums'])} target {row['target']}"
-        text = f"\n{THINK_OPEN}{rollout.text}"
-    text = text.replace("\n==== step ", "\n ==== step ")
+        text = f"\n{THINK_OPEN}{visible(rollout.text)}"
+    # A completion cannot forge an entry: what looks like a head is told apart, and restored, too.
+    text = text.replace("\n==== step ", f"\n<U+{ord('='):04X}>=== step ")
     judge = "" if rollout.judge == "equation_reward" else f" judge {rollout.judge or NO_JUDGE}"
     rewards = json.dumps(rollout.rewards)
     return f"==== step {rollout.step} {asked}{judge} rewards {rewards}{text}\n\n"

@@ -3,7 +3,9 @@
     runs/NAME/
       recipe.yaml           the recipe as resolved; a folder without it is no run
       manifest.json         what produced it; manifest-from-checkpoint-N.json: a resume
-      checkpoint-N/         after step N; torn unless the file `complete` is in it
+      checkpoint-N/         after step N; torn unless the file `complete` is in it, which has the
+                            sizes and hashes of the others
+      set-aside-checkpoint-N/  damaged or not of this run, found in the place of a checkpoint
       config.json, ...      the trained model, once the run has finished
       eval/*.json           held-out evaluations: before, step-N, after
       samples/              completions of the training, as text
@@ -23,18 +25,28 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import file_digest
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import yaml
 
-from mini_r1 import InputError
+from mini_r1 import InputError, one_line
 from mini_r1.lock import LOCK_FILE, holder, in_use
-from mini_r1.manifest import ModelRecord, RunManifest
+from mini_r1.manifest import RunManifest
 from mini_r1.model import EMBEDDED_BASES, is_local, model_path
-from mini_r1.model_files import is_model
+from mini_r1.model_files import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS,
+    CONFIG_FILE,
+    SAFETENSORS,
+    TOKENIZER_FILES,
+    is_model,
+)
 from mini_r1.recipe import Recipe, TaskConfig, default_of, load_recipe
 from mini_r1.rollouts import ALL_FILE, Rollout, read_samples
 
@@ -44,16 +56,30 @@ SUMMARY_FILE = "summary.json"
 STATE_FILE = "trainer_state.json"
 REPORT_FILE = "report.html"
 EVAL_FOLDER, SAMPLES_FOLDER, LOGS_FOLDER = "eval", "samples", "logs"
+TENSORBOARD_FOLDER = "tensorboard"
 FAILED_BATCH_FILE = "failed-batch.json"
 MERGED_FOLDER = "start"  # the adapter that a run starts from, merged, until it is loaded
 BEFORE, AFTER = "before", "after"  # the first and the last evaluation
 DIAGNOSIS = "diagnosis"  # in an entry of the trainer's log: why nothing was learned up to it
-# Written into a checkpoint once every rank has finished its part: without it a kill tore it.
-COMPLETE_MARKER = "complete"
+# In a checkpoint until it is whole, and once every rank has finished its part: with the first a
+# kill tore it, with neither the run did not write it.
+BEGUN_MARKER, COMPLETE_MARKER = "begun", "complete"
+# Whose files only grow, until a resume takes them back to where its checkpoint was.
+GROWING_FOLDERS = (SAMPLES_FOLDER, TENSORBOARD_FOLDER)
 STOP_FILE, PAUSED_MARKER = "STOP", "PAUSED"
+# What of a run folder push_to_hub makes public: no logs, no checkpoints, no pickles.
+PUBLISHED = (
+    *(CONFIG_FILE, "generation_config.json", SAFETENSORS, f"{SAFETENSORS}.index.json"),
+    "model-[0-9]*-of-[0-9]*.safetensors",
+    *(ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS),
+    *(*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("merges.txt", "chat_template.jinja"),
+    *("README.md", REPORT_FILE, RECIPE_FILE, MANIFEST_FILE),
+    *(f"{EVAL_FOLDER}/*.json", f"{SAMPLES_FOLDER}/*.txt"),
+)
 # The variables by which trackers are told to keep their files in the run folder.
 TRACKER_FOLDERS = {
-    "TENSORBOARD_LOGGING_DIR": "tensorboard",
+    "TENSORBOARD_LOGGING_DIR": TENSORBOARD_FOLDER,
     "TRACKIO_DIR": "trackio",
     "WANDB_DIR": "",
 }
@@ -213,7 +239,9 @@ def evaluation_file(run_dir: Path, name: str) -> Path:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, newest first, torn ones included."""
-    return sorted(run_dir.glob("checkpoint-*"), key=checkpoint_step, reverse=True)
+    found = (path for path in run_dir.glob("checkpoint-*") if path.is_dir())
+    numbered = (path for path in found if path.name.removeprefix("checkpoint-").isdecimal())
+    return sorted(numbered, key=checkpoint_step, reverse=True)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -221,30 +249,153 @@ def checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def mark_begun(run_dir: Path, step: int) -> None:
+    """Say that what lies in the checkpoint of this step is ours, whole or not."""
+    checkpoint = run_dir / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / BEGUN_MARKER).touch()
+
+
 def mark_complete(run_dir: Path, step: int) -> None:
-    """Say that every rank has written its part of the checkpoint of this step."""
-    (run_dir / f"checkpoint-{step}" / COMPLETE_MARKER).touch()
+    """Say that every rank has written its part of the checkpoint of this step.
+
+    The marker holds the size and the SHA-256 of each of its files, and how far those files of the
+    run were that only grow: see `damage` and `rewind`.
+    """
+    checkpoint = run_dir / f"checkpoint-{step}"
+    paths = [path for path in _files(checkpoint) if path.name != BEGUN_MARKER]
+    with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter
+        hashes = list(pool.map(_sha256, paths))
+    files = {
+        str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, hashes, strict=True)
+    }
+    growing = {
+        str(path.relative_to(run_dir)): path.stat().st_size
+        for folder in GROWING_FOLDERS
+        for path in _files(run_dir / folder)
+    }
+    write_json(checkpoint / COMPLETE_MARKER, {"files": files, "growing": growing})
+    (checkpoint / BEGUN_MARKER).unlink(missing_ok=True)
+
+
+def discard_old_checkpoints(run_dir: Path, limit: int | None) -> None:
+    """Remove all but the newest ones, `limit` of them.
+
+    Not by transformers, which does it before the newest one is complete: a kill then would leave
+    none.
+    """
+    for old in checkpoints(run_dir)[limit:] if limit else ():
+        _remove(old)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    return _marker(checkpoint) is not None
 
 
 def last_complete_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
-    whole = (path for path in checkpoints(run_dir) if (path / COMPLETE_MARKER).exists())
-    return next(whole, None)
+    return next(filter(is_complete, checkpoints(run_dir)), None)
 
 
-def checkpoint_to_resume(run_dir: Path, is_main: bool) -> Path | None:
-    """The newest complete checkpoint.
+def damage(checkpoint: Path) -> str | None:
+    """What has happened to a complete checkpoint since it was written; None for nothing."""
+    for name, file in (_marker(checkpoint) or {})["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != file["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {file['bytes']}"
+        if _sha256(path) != file["sha256"]:
+            return f"{name} has changed"
+    return None
 
-    The main process removes torn ones after it, since training writes them again.
+
+def checkpoint_to_resume(run_dir: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; None to begin. For the main process.
+
+    Of the others, those that training writes again are removed. What may be somebody's only copy
+    of something is set aside: a damaged one, or a folder that this run did not write.
+
+    Raises:
+        InputError: all are damaged.
     """
-    complete = last_complete_checkpoint(run_dir)
-    for torn in checkpoints(run_dir):
-        if torn == complete:
-            break
-        if is_main:
-            print(f"removing {torn}: it was not written to its end")
-            shutil.rmtree(torn)
-    return complete
+    intact, torn, strange = None, [], []
+    for checkpoint in checkpoints(run_dir):
+        if not is_complete(checkpoint):
+            ours = (checkpoint / BEGUN_MARKER).exists() or not any(checkpoint.iterdir())
+            (torn if ours else strange).append((checkpoint, "is not whole"))
+        elif intact is None:
+            if what := damage(checkpoint):
+                strange.append((checkpoint, f"is damaged ({what})"))
+            else:
+                intact = checkpoint
+    damaged = [(path, what) for path, what in strange if is_complete(path)]
+    if damaged and intact is None:
+        (path, what), *_ = damaged
+        raise InputError(
+            f"{path} {what}, and there is no other to go on from; restore it, or remove {run_dir} "
+            "to start anew",
+            key="output_dir",
+        )
+    for checkpoint, _ in torn:
+        print(f"removing {checkpoint}: it was not written to its end")
+        _remove(checkpoint)
+    for checkpoint, what in strange:
+        name = f"set-aside-{checkpoint.name}"
+        names = chain([name], (f"{name}-{number}" for number in count(2)))
+        aside = next(path for path in map(run_dir.joinpath, names) if not path.exists())
+        checkpoint.rename(aside)
+        print(f"{checkpoint} {what}: set aside as {aside.name}")
+    return intact
+
+
+def rewind(run_dir: Path, checkpoint: Path | None) -> None:
+    """Take back what was recorded after a checkpoint, or all, and what a kill left half-written.
+
+    Then the samples, TensorBoard's events and the scheduled evaluations end up as if the run had
+    never been interrupted.
+    """
+    growing = (_marker(checkpoint) or {})["growing"] if checkpoint else {}
+    for folder in GROWING_FOLDERS:
+        for path in _files(run_dir / folder):
+            size = growing.get(str(path.relative_to(run_dir)))
+            if size is None:
+                path.unlink()
+            elif size < path.stat().st_size:
+                os.truncate(path, size)
+    last = evaluation_file(run_dir, f"step-{checkpoint_step(checkpoint) if checkpoint else 0:06d}")
+    for path in (run_dir / EVAL_FOLDER).glob("step-*.json"):
+        if path.name > last.name:
+            path.unlink()
+    for folder in (run_dir, run_dir / EVAL_FOLDER):
+        for path in folder.glob("*.partial"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, or leave what `rewind` will."""
+    partial = checkpoint.with_name(f"{checkpoint.name}.partial")
+    checkpoint.rename(partial)
+    shutil.rmtree(partial)
+
+
+def _marker(checkpoint: Path) -> dict[str, Any] | None:
+    """What the marker of a complete checkpoint says."""
+    try:
+        return json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def run_weights(run_dir: Path) -> Path:
@@ -253,9 +404,10 @@ def run_weights(run_dir: Path) -> Path:
     Raises:
         InputError: the run has saved nothing yet.
     """
-    if is_model(run_dir):
+    finished = (run_dir / SUMMARY_FILE).exists()  # else a kill may have left half a model
+    checkpoint = None if finished else last_complete_checkpoint(run_dir)
+    if checkpoint is None and is_model(run_dir):
         return run_dir
-    checkpoint = last_complete_checkpoint(run_dir)
     if checkpoint is None:
         raise InputError(
             f"{run_dir}: this run has no model and no complete checkpoint yet",
@@ -302,7 +454,7 @@ def paused_step(run_dir: Path) -> int | None:
     """After which step the run has paused; None if it has not."""
     try:
         return int((run_dir / PAUSED_MARKER).read_text(encoding="utf-8"))
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 
@@ -314,9 +466,11 @@ def unmark_paused(run_dir: Path) -> None:
 def failed_step(run_dir: Path) -> int | None:
     """The step whose batch an earlier attempt kept, since it ended there; None if there is none."""
     try:
-        return _json(run_dir / FAILED_BATCH_FILE)["step"]
+        return _json(run_dir / FAILED_BATCH_FILE).get("step", 0)
     except OSError:
         return None
+    except InputError:  # nobody can read it
+        return 0
 
 
 def finished_summary(recipe: Recipe) -> Summary | None:
@@ -331,21 +485,24 @@ def finished_summary(recipe: Recipe) -> Summary | None:
     return None if extended else summary
 
 
-def check_same_start(run_dir: Path, model: ModelRecord) -> None:
-    """Whether a run that goes on starts from the very weights that it started from.
+def check_same_start(run_dir: Path, manifest: RunManifest) -> None:
+    """Whether a run that goes on has the very weights and data that it started with.
 
-    A reference model, or the base of an adapter, would silently be another one.
+    A reference model, or the base of an adapter, would silently be another one; and so would the
+    puzzles, those held out among them.
 
     Raises:
         InputError: they have changed.
     """
-    earlier = _json(run_dir / MANIFEST_FILE)["model"]["sha256"]
-    if earlier is not None and model["sha256"] not in (earlier, None):
-        raise InputError(
-            f"the weights of '{model['name']}' have changed since {run_dir} began; restore them, "
-            "or choose another --output_dir",
-            key="model_name_or_path",
-        )
+    earlier = _json(run_dir / MANIFEST_FILE)
+    instead = f"have changed since {run_dir} began; restore them, or choose another --output_dir"
+    for kind in ("sha256", "revision"):
+        was, now = earlier["model"][kind], manifest["model"][kind]
+        if None not in (was, now) and was != now:
+            what = f"the weights of '{manifest['model']['name']}'"
+            raise InputError(f"{what} {instead}", key="model_name_or_path")
+    if earlier["data"]["sha256"] != manifest["data"]["sha256"]:
+        raise InputError(f"the data {instead}", key="dataset_id_or_path")
 
 
 def folder_problems(recipe: Recipe) -> Iterator[InputError]:
@@ -364,15 +521,24 @@ def folder_problems(recipe: Recipe) -> Iterator[InputError]:
             key="output_dir",
         )
         return
-    # A server that did not start leaves its log, a start that was killed a merged model.
-    left_over = {LOGS_FOLDER, MERGED_FOLDER, LOCK_FILE}
+    # A server that did not start leaves its log, a start that was killed a merged model or half a
+    # recipe.
+    left_over = {LOGS_FOLDER, MERGED_FOLDER, LOCK_FILE, f"{RECIPE_FILE}.partial"}
     if ancestor != run_dir or {path.name for path in run_dir.iterdir()} <= left_over:
         return
     try:
         earlier = _yaml(run_dir / RECIPE_FILE)
-    except OSError:
+        if last_complete_checkpoint(run_dir):  # what a resume reads
+            _json(run_dir / MANIFEST_FILE)
+            load_evaluation(run_dir, BEFORE)
+    except InputError as error:
+        yield error
+        return
+    except OSError as error:
+        missing = Path(str(error.filename)).name
+        what = "is no run of ours" if missing == RECIPE_FILE else f"has lost its {missing}"
         yield InputError(
-            f"{run_dir} exists and is no run of ours; choose another --output_dir", key="output_dir"
+            f"{run_dir} exists and {what}; choose another --output_dir", key="output_dir"
         )
         return
     now = recipe.as_dict()
@@ -456,7 +622,11 @@ def load_run(folder: Path) -> Run:
             "nothing recorded yet; the first evaluation is still under way", where=folder
         )
     evaluations.sort(key=lambda entry: (entry[0], entry[1] == AFTER))
-    samples = read_samples(folder / SAMPLES_FOLDER / ALL_FILE)
+    samples_file = folder / SAMPLES_FOLDER / ALL_FILE
+    try:
+        samples = read_samples(samples_file)
+    except ValueError as error:
+        raise InputError(f"damaged ({one_line(error, 100)})", where=samples_file) from None
     return Run(folder, recipe, manifest, history, evaluations, samples)
 
 
@@ -506,6 +676,7 @@ def _from_start(run_dir: Path, task: TaskConfig) -> TaskConfig:
     start = _json(manifest).get("folder") if manifest.exists() else None
     if start is None:
         return task
+    start = os.path.expanduser(start)
     data, template = task.dataset_id_or_path, task.prompt_template
     if data != "generated":
         there, here = Path(start, data), Path(data)
@@ -532,8 +703,26 @@ def _of_run(folder: Path, name: str, read: Callable[[Path], Any]) -> Any:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return _record(path, yaml.safe_load)
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return _record(path, json.loads)
+
+
+def _record(path: Path, parse: Callable[[str], Any]) -> Any:
+    """A mapping that was written whole.
+
+    Raises:
+        InputError: something has happened to it since.
+        OSError: there is none.
+    """
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{type(content).__name__} where a mapping was written")
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(
+            f"damaged ({one_line(error, 100)}); restore it, or choose another folder", where=path
+        ) from None
+    return content

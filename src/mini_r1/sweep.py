@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-import yaml
-
-from mini_r1 import INTERRUPTED, InputError, one_line
+from mini_r1 import SIGNALLED, InputError
+from mini_r1.files import load_yaml, read_text, reason
 from mini_r1.manifest import weights_hash
 from mini_r1.metrics import METRICS, SWEEP_CURVE
 from mini_r1.model import model_path
@@ -117,7 +116,7 @@ def load_sweep(path: Path) -> Sweep:
         InputError: in one line, what is wrong.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(read_text(path))
         sweep = Sweep(
             name=path.stem,
             recipe=path.parent / content["recipe"],
@@ -131,8 +130,8 @@ def load_sweep(path: Path) -> Sweep:
         )
     except FileNotFoundError:
         raise InputError("no such sweep", where=path) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"cannot be read: {one_line(error)}", where=path) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read: {reason(error)}", where=path) from None
     except (AttributeError, KeyError, TypeError) as error:
         problem = "not a sweep, which has recipe, seeds, records, results and tables"
         raise InputError(f"{problem} ({error!r})", where=path) from None
@@ -203,7 +202,7 @@ def _run(
         write_json(sweep.record_file(settings, seed), record_of(run_dir))
         print(f"done  {run_dir}", flush=True)
         return None
-    stopped = paused or code in (INTERRUPTED, -signal.SIGTERM)
+    stopped = paused or code > SIGNALLED or code == -signal.SIGTERM
     print(f"{'stopped' if stopped else 'FAILED'}  {run_dir}", flush=True)
     return log
 

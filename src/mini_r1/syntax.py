@@ -1,103 +1,40 @@
 """How a recipe is written: YAML without its traps, and `--key value` on the command line.
 
 What is read are YAML's nodes, each with its place: what they say depends on the type of their key,
-and keys.py knows that. Never a traceback, and never a long wait, whatever the file holds.
+and keys.py knows that. Which traps of YAML are refused is in files.py.
 """
 
+import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mini_r1 import InputError, one_line
-from mini_r1.keys import Key, said, shortened
+from mini_r1 import InputError
+from mini_r1.files import compose, read_text, reason, yaml_problem
+from mini_r1.keys import Key
 
-MAX_BYTES = 128 * 1024  # of a file; all keys with their help would have a quarter of that
-MAX_DEPTH = 20  # of lists and mappings within each other
-
-
-class _NotRead(yaml.MarkedYAMLError):
-    """YAML, but none that a recipe may hold."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads texts, lists and mappings, without anchors, aliases, merge keys, tags or doubles."""
-
-    _depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
-        if event.anchor is not None or getattr(event, "tag", None) is not None:
-            problem = "anchors, aliases and tags (&, *, !) are not read; write the value itself"
-            raise _NotRead(problem=problem, problem_mark=event.start_mark)
-        if self._depth == MAX_DEPTH:
-            raise _NotRead(problem="nested too deeply", problem_mark=event.start_mark)
-        self._depth += 1
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        first: dict[str, int] = {}
-        for key, _ in node.value:
-            line, problem = key.start_mark.line + 1, None
-            if not isinstance(key, yaml.ScalarNode):
-                problem = f"a key is a word, not {said(key)}"
-            elif key.tag == "tag:yaml.org,2002:merge":
-                problem = "merge keys (<<) are not read; write the keys themselves"
-            elif key.value in first:
-                problem = f"{shortened(key.value)} is set twice; first in {first[key.value]}"
-            if problem:
-                raise _NotRead(problem=problem, problem_mark=key.start_mark)
-            first[key.value] = line
-        return node
-
-
-def _compose(text: str) -> yaml.Node | None:
-    loader = _Loader(text)
-    try:
-        return loader.get_single_node()
-    finally:
-        loader.dispose()
+HUB_TOKEN = ("--hub_token", "--hub-token")
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """What a YAML file says to each key and, for every key, where it stands (`FILE line 7`)."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise InputError(f"no recipe: more than {MAX_BYTES // 1024} KiB", where=path)
-        node = _compose(content.decode("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        node = compose(read_text(path))
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot be read: {reason(error)}", where=path) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path} line {mark.line + 1}" if mark else path
-        raise InputError(_yaml_problem(error), where=place) from None
+        raise InputError(yaml_problem(error), where=place) from None
     if not isinstance(node, yaml.MappingNode):
         found = "an empty file" if node is None else "not a recipe"
         raise InputError(f"{found}; want lines of the form 'key: value'", where=path)
     given = {key.value: value for key, value in node.value}
     return given, {key.value: f"{path} line {key.start_mark.line + 1}" for key, _ in node.value}
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    if not isinstance(error, yaml.MarkedYAMLError):
-        return f"not valid YAML: {one_line(error, 200)}"
-    if isinstance(error, _NotRead):
-        return str(error.problem)
-    problem = ", ".join(filter(None, (error.context, error.problem)))
-    hint = "; write spaces" if "'\\t'" in problem else ""
-    return f"not valid YAML: {one_line(problem, 200)}{hint}"
-
-
-def reason(error: Exception) -> str:
-    """Why a file cannot be read, without its name."""
-    return one_line(getattr(error, "strerror", None) or error, 200)
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -126,10 +63,10 @@ def node_of(words: Sequence[str], key: Key) -> yaml.Node:
     nodes = []
     for word in words:
         try:
-            node = _compose(word) or yaml.ScalarNode("tag:yaml.org,2002:null", "")
+            node = compose(word) or yaml.ScalarNode("tag:yaml.org,2002:null", "")
         except yaml.YAMLError as error:
             if not is_text:
-                raise ValueError(_yaml_problem(error)) from None
+                raise ValueError(yaml_problem(error)) from None
             node = None
         whole = isinstance(node, yaml.ScalarNode) and (node.style or node.value == word)
         if node is None or (is_text and not whole):
@@ -140,3 +77,44 @@ def node_of(words: Sequence[str], key: Key) -> yaml.Node:
     if not nodes:
         return yaml.ScalarNode("tag:yaml.org,2002:bool", "true")
     return nodes[0] if len(nodes) == 1 else yaml.SequenceNode("tag:yaml.org,2002:seq", nodes)
+
+
+def take_hub_token(arguments: Sequence[str]) -> list[str]:
+    """Arguments without `--hub_token VALUE`, which goes on as HF_TOKEN, where the libraries look.
+
+    A run keeps its recipe and its command, shows them and may upload them. So the token is in
+    neither, nor is it in the command lines of the processes that this one starts.
+
+    Raises:
+        InputError: there is no value.
+    """
+    kept, token = _without_token(arguments)
+    if token is None:
+        return kept
+    if not token:
+        raise InputError("no value", where=HUB_TOKEN[0])
+    os.environ["HF_TOKEN"] = token
+    for words in (sys.argv, sys.orig_argv):  # which trackers keep, too
+        words[:] = presentable(words)
+    return kept
+
+
+def presentable(words: Sequence[str]) -> list[str]:
+    """A command line as it may be kept and shown: without the token of the hub."""
+    kept, token = _without_token(words)
+    return kept if token is None else [*kept, HUB_TOKEN[0], "***"]
+
+
+def _without_token(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """A command line without --hub_token, and what that said last; None if it is not there."""
+    left, kept, token = [*words], [], None
+    while left:
+        word = left.pop(0)
+        name, equals, value = word.partition("=")
+        if name not in HUB_TOKEN:
+            kept.append(word)
+        elif equals or not left or left[0].startswith("--"):
+            token = value
+        else:
+            token = left.pop(0)
+    return kept, token

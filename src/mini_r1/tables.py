@@ -31,6 +31,7 @@ from textwrap import shorten
 from typing import Any, NamedTuple
 
 from mini_r1 import InputError, hub, one_line
+from mini_r1.files import refuse_special
 from mini_r1.model import is_local
 
 KEY = "dataset_id_or_path"
@@ -296,6 +297,8 @@ def read_table(path: Path, head: bool = False) -> Table:
     else:
         read = {".parquet": _read_parquet, ".csv": _read_csv}.get(file_format, _read_json)
     try:
+        if not path.is_dir():
+            refuse_special(path)
         _refuse_pointer(path)
         table = read(path, head)
     except OSError as error:

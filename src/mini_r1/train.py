@@ -22,6 +22,7 @@ and Ctrl-C make it save and stop. Left out on purpose: any trainer, loss or samp
 import importlib.util
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from operator import itemgetter
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -38,23 +39,32 @@ from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 from trl.models.utils import unwrap_model_for_generation
 
-from mini_r1 import InputError, RunFailed, one_line, quirks
+from mini_r1 import InputError, Interrupted, one_line, quirks
 from mini_r1.callbacks import (
     CheckpointMarker,
     CheckpointSigner,
     HeldOutEvaluation,
+    LastEvaluation,
     NoStepTooMany,
     NothingLeft,
     PauseOnRequest,
+    StopRequested,
     TensorBoard,
     TrainClock,
 )
 from mini_r1.data import Split, load_split, prompt_dataset
-from mini_r1.evaluate import heldout_puzzles, progress_bar, sample_batches, summarize
+from mini_r1.evaluate import (
+    NoProbabilities,
+    heldout_puzzles,
+    progress_bar,
+    sample_batches,
+    summarize,
+)
 from mini_r1.health import FiniteNumbers, LearningSignal, end_all
+from mini_r1.launch.guard import key_header
 from mini_r1.launch.machine import is_main_process
-from mini_r1.launch.plan import SERVER_HOST, owns_server
-from mini_r1.launch.vllm_server import VLLMServer
+from mini_r1.launch.plan import SERVER_HOST, owns_server, server_address
+from mini_r1.launch.vllm_server import VLLMServer, check_key
 from mini_r1.live import LiveView
 from mini_r1.manifest import DataRecord, build_manifest
 from mini_r1.model import (
@@ -68,22 +78,24 @@ from mini_r1.model import (
 from mini_r1.recipe import Recipe
 from mini_r1.report.page import write_report
 from mini_r1.rewards import get_reward_functions
-from mini_r1.rollouts import RolloutRecorder, rewind_samples
+from mini_r1.rollouts import RolloutRecorder
 from mini_r1.run import (
     BEFORE,
     MANIFEST_FILE,
+    PUBLISHED,
     REPORT_FILE,
     SAMPLES_FOLDER,
     SUMMARY_FILE,
     Evaluation,
     Summary,
     check_same_start,
-    checkpoint_step,
     checkpoint_to_resume,
+    discard_old_checkpoints,
     evaluation_file,
     finished_summary,
     load_evaluation,
     mark_paused,
+    rewind,
     unmark_paused,
     write_json,
     write_recipe,
@@ -106,7 +118,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
         InputError: the recipe, its model or its data cannot be used. `doctor.problems` tells most
             of it sooner.
         ServerDied: the vLLM server did not start.
-        KeyboardInterrupt: Ctrl-C ended the run, paused or not; the message says how far it is.
+        KeyboardInterrupt: a signal ended the run, paused or not; the message says how far it is.
     """
     run_dir = recipe.run_dir
     finished = finished_summary(recipe)
@@ -143,10 +155,10 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     wrong = not_finite(cast(PreTrainedModel, trainer.model))  # in this rank's part
     check_finite(start.weights, next(filter(None, gather_object([wrong])), None))
 
-    # The run folder: new, or as the last complete checkpoint left it.
+    # The run folder: new, or as the last intact checkpoint left it.
+    keep = recipe.get("save_total_limit")
     is_main = trainer.accelerator.is_main_process
-    checkpoint = checkpoint_to_resume(run_dir, is_main)
-    trainer.accelerator.wait_for_everyone()
+    (checkpoint,) = broadcast_object_list([checkpoint_to_resume(run_dir) if is_main else None])
     if is_main:
         data: DataRecord = {
             "sha256": split.hash,
@@ -156,46 +168,52 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
             "too_long": too_long,
         }
         _open_run(recipe, start.weights, trainer, data, resumed=checkpoint)
-        rewind_samples(recorder.folder, checkpoint_step(checkpoint) if checkpoint else 0)
+        rewind(run_dir, checkpoint)
+        discard_old_checkpoints(run_dir, keep)
 
     # What happens beside the loop, in the order in which it must be called.
-    def evaluate(name: str) -> Evaluation:
-        file = evaluation_file(run_dir, name)
-        with live.phase("evaluating"):
-            return _evaluate(trainer, recipe, tokenizer, split, file)
-
     clock, pause = TrainClock(), PauseOnRequest(run_dir)
-    held_out = HeldOutEvaluation(eval_every, evaluate, partial(quirks.log_plainly, trainer))
-    trainer.add_callback(FiniteNumbers(trainer, tokenizer, recorder, run_dir))
-    trainer.add_callback(LearningSignal())
+    live = LiveView(run_dir.name, clock, recorder)
+
+    def evaluate(name: str) -> Evaluation:
+        def on_batch() -> None:
+            if pause.stops(args, trainer.state):
+                raise StopRequested
+
+        with live.phase("evaluating"):
+            return _evaluate(trainer, recipe, tokenizer, split, name, on_batch)
+
+    log = partial(quirks.log_plainly, trainer)
+    last = LastEvaluation(evaluate, log)
+    numbers = FiniteNumbers(trainer, tokenizer, recorder, run_dir)
+    for callback in (numbers, LearningSignal(), clock):
+        trainer.add_callback(callback)
     if trainer.pop_callback(TensorBoardCallback):
         trainer.add_callback(TensorBoard(recipe.as_dict(), recorder))
-    live = LiveView(run_dir.name, clock, recorder)
-    signer = CheckpointSigner(start.sign)
-    for callback in (clock, signer, CheckpointMarker(), pause, live, held_out, NoStepTooMany()):
+    held_out, signer = HeldOutEvaluation(eval_every, evaluate, log), CheckpointSigner(start.sign)
+    for callback in (live, held_out, pause, signer, CheckpointMarker(keep), last, NoStepTooMany()):
         trainer.add_callback(callback)
 
     # The loop, which is TRL's, and the end.
-    with live, pause, suppress(NothingLeft):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if server:
-        server.stop()
     summary = None
-    if pause.paused:
-        if is_main:
-            step, steps = trainer.state.global_step, trainer.state.max_steps
-            mark_paused(run_dir, step)
-            if not pause.interrupted:
-                print(f"paused after step {step} of {steps}; the same command goes on from there")
-    else:
-        summary = _finish(trainer, recipe, tokenizer, held_out, clock, start)
+    with suppress(StopRequested):
+        with live, pause, suppress(NothingLeft):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if server:
+            server.stop()
+        if not pause.paused:
+            summary = _finish(trainer, recipe, tokenizer, last, clock, start)
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if pause.paused and is_main:
+        mark_paused(run_dir, step)
+        if not pause.signal:
+            print(f"paused after step {step} of {steps}; the same command goes on from there")
     # Without this, two of five ZeRO-3 runs abort at exit after their success.
     trainer.accelerator.wait_for_everyone()
     quirks.end_colocated_vllm(trainer)
     trainer.accelerator.end_training()
-    if pause.paused and pause.interrupted:
-        state = trainer.state
-        raise KeyboardInterrupt(f"paused after step {state.global_step} of {state.max_steps}")
+    if pause.paused and pause.signal:
+        raise Interrupted(f"paused after step {step} of {steps}", pause.signal)
     return summary
 
 
@@ -203,23 +221,26 @@ def _finish(
     trainer: GRPOTrainer,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
-    held_out: HeldOutEvaluation,
+    last: LastEvaluation,
     clock: TrainClock,
     start: Start,
 ) -> Summary | None:
     """Save the trained model, evaluate it and sum up; the summary is the main process's.
 
     The summary is written last: a run that was killed before it does all of this again.
+
+    Raises:
+        StopRequested: the run was asked to stop, and is to do all of this again.
     """
     run_dir = recipe.run_dir
     trainer.save_model(str(run_dir))
-    after = held_out.result_after()
+    after = last.result()
     trainer.save_state()  # every logged scalar
     summary = None
     if trainer.accelerator.is_main_process:
         start.sign(run_dir)
         tokenizer.save_pretrained(run_dir)
-        trainer.create_model_card(dataset_name=recipe.task.dataset_id_or_path)
+        trainer.create_model_card(dataset_name=one_line(recipe.task.dataset_id_or_path))
         write_report([run_dir], run_dir / REPORT_FILE)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
@@ -254,9 +275,10 @@ def describe(summary: Summary) -> str:
 def _arguments(recipe: Recipe) -> tuple[ModelConfig, GRPOConfig, int | None]:
     """TRL's arguments, and every how many steps to evaluate on held-out puzzles.
 
-    The evaluation is our own, not the Trainer's.
+    The evaluation is our own, not the Trainer's, and so is the end of old checkpoints.
     """
     given = dict(recipe.training)
+    given.pop("save_total_limit", None)
     strategy, eval_steps = given.pop("eval_strategy", "no"), given.pop("eval_steps", None)
     try:
         model_args = ModelConfig(**recipe.model)
@@ -270,6 +292,7 @@ def _arguments(recipe: Recipe) -> tuple[ModelConfig, GRPOConfig, int | None]:
             "revision": model_args.model_revision,
             "dtype": model_args.dtype,
             "attn_implementation": model_args.attn_implementation,
+            "use_safetensors": True,
             **(given.get("model_init_kwargs") or {}),
         }
         args = GRPOConfig(**given)
@@ -314,6 +337,11 @@ def _build_trainer(
         reward.check_columns(name for name in dataset.column_names if name != "prompt")
     set_seed(args.seed)  # the weights of a fresh LoRA adapter
     quirks.quiet_unscored_completions()
+    quirks.upload_only(PUBLISHED)
+    if address := args.vllm_server_base_url or server_address(recipe):
+        check_key(address)
+        quirks.show_key(address, key_header())
+    quirks.make_logged_completions_visible()
     name = recipe.model["model_name_or_path"]
     try:
         trainer = GRPOTrainer(
@@ -346,7 +374,7 @@ def _open_run(
     commit = quirks.hub_commit(trainer.model)
     manifest = build_manifest(resolved, model_path(weights), commit, data)
     if resumed is not None:
-        check_same_start(run_dir, manifest["model"])
+        check_same_start(run_dir, manifest)
     unmark_paused(run_dir)
     write_recipe(run_dir, resolved)
     if resumed is None:
@@ -363,9 +391,14 @@ def _evaluate(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     split: Split,
-    file: Path,
+    name: str,
+    after_batch: Callable[[], None],
 ) -> Evaluation:
     """Evaluate the model as it is now, batches shared among all processes.
+
+    Args:
+        name: of the evaluation.
+        after_batch: called by all processes together.
 
     Returns:
         the whole result, on every process.
@@ -377,14 +410,19 @@ def _evaluate(
 
     # Each process samples its share.
     completions = len(puzzles) * task.num_eval_samples
-    bar = progress_bar(completions, file.stem, shown=accelerator.is_main_process)
+    bar = progress_bar(completions, name, shown=accelerator.is_main_process)
     unwrapped = unwrap_model_for_generation(
         trainer.model_wrapped,  # ty: ignore[invalid-argument-type]  (bare models are fine, too)
         accelerator,
         gradient_checkpointing_kwargs=recipe.get("gradient_checkpointing_kwargs"),
     )
     batches, failure = [], None
-    with bar as on_batch, unwrapped as model:
+    with bar as advance, unwrapped as model:
+
+        def on_batch(new: int) -> None:
+            advance(new)
+            after_batch()
+
         try:
             batches = sample_batches(
                 model,
@@ -398,11 +436,11 @@ def _evaluate(
                 num_processes=accelerator.num_processes,
                 on_batch=on_batch,
             )
-        except RunFailed as error:
+        except NoProbabilities as error:
             failure = str(error)
     failures = list(filter(None, gather_object([failure])))
     if failures:
-        end_all(accelerator, f"evaluation {file.stem}: {failures[0]}")
+        end_all(accelerator, f"evaluation {name}: {failures[0]}")
 
     # All of them put together, in the order of the puzzles.
     ordered = sorted(gather_object(batches), key=itemgetter(0))
@@ -414,10 +452,10 @@ def _evaluate(
         seconds=round(time.monotonic() - started, 1),
     )
     if accelerator.is_main_process:
-        write_json(file, result)
+        write_json(evaluation_file(recipe.run_dir, name), result)
         low, high = result["ci95"]
         interval = f"95 % interval {low:.1%} to {high:.1%}"
-        print(f"{file.stem}: held-out success {result['success']:.1%} ({interval})", flush=True)
+        print(f"{name}: held-out success {result['success']:.1%} ({interval})", flush=True)
     return result
 
 

@@ -32,7 +32,7 @@ def reference_value(text: str) -> tuple[Fraction, list[int]] | None:
         raise ValueError("not in the grammar")
 
     try:
-        value = walk(ast.parse(f"({left})", mode="eval").body)
+        value = walk(ast.parse(left.strip(), mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
     if not equals:

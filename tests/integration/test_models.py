@@ -166,17 +166,6 @@ def test_a_model_in_shards(tmp_path):
     check_run(train(tmp_path / "run", model_name_or_path=tmp_path / "model"))
 
 
-def test_a_pickled_model_is_read_and_saved_as_safetensors(tmp_path):
-    model = load_model(build(tmp_path / "model", "llama"))
-    (tmp_path / "model" / "model.safetensors").unlink()
-    torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
-    run_dir = train(tmp_path / "run", model_name_or_path=tmp_path / "model")
-    check_run(run_dir)
-    assert (run_dir / "model.safetensors").is_file()
-    manifest = json.loads((run_dir / MANIFEST_FILE).read_text())
-    assert len(manifest["model"]["sha256"]) == 64
-
-
 def test_a_generation_config_that_contradicts_itself(tmp_path):
     build(tmp_path / "model", "llama")
     chat = '{"do_sample": false, "temperature": 0.6, "eos_token_id": 256}'

@@ -38,6 +38,7 @@ from mini_r1.run import (
     STATE_FILE,
     STOP_FILE,
     SUMMARY_FILE,
+    mark_begun,
 )
 
 pytestmark = pytest.mark.slow
@@ -157,7 +158,7 @@ def test_kill_9_loses_nothing(straight, tmp_path):
     newest = max(int(path.name.partition("-")[2]) for path in run_dir.glob("checkpoint-*"))
     # As a kill in the middle of the next save leaves it.
     torn = run_dir / f"checkpoint-{newest + 2}"
-    torn.mkdir()
+    mark_begun(run_dir, newest + 2)
     (torn / "model.safetensors").write_bytes(b"half")
 
     done = train(run_dir)
@@ -202,29 +203,39 @@ def test_what_follows_the_last_step_is_done_again_and_no_step_is(straight, tmp_p
         assert again[key] == before[key], key
 
 
-@pytest.mark.parametrize("request_by", ["mini-r1 pause", signal.SIGTERM, signal.SIGUSR1])
-def test_a_run_pauses_on_request_and_goes_on_as_if_it_had_not(straight, tmp_path, request_by):
+@pytest.mark.parametrize(
+    ("request_by", "code"),
+    [("mini-r1 pause", 0), (signal.SIGUSR1, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+)
+def test_a_run_pauses_on_request_and_goes_on_as_if_it_had_not(straight, tmp_path, request_by, code):
     run_dir = tmp_path / "paused"
     process = subprocess.Popen(
         command(run_dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    wait_for(lambda: (run_dir / "eval" / "before.json").exists(), process)
+    samples = run_dir / "samples" / ALL_FILE
+    wait_for(samples.exists, process)  # in the first step
     if isinstance(request_by, str):
         pause = [sys.executable, "-m", "mini_r1", "pause", str(run_dir)]
         subprocess.run(pause, check=True, capture_output=True)
     else:
         process.send_signal(request_by)
     printed, errors = process.communicate(timeout=100)
-    assert process.returncode == 0, errors
+    assert process.returncode == code, errors
     # The first that ends a generation.
-    assert "paused after step 2 of 6; the same command goes on from there" in printed
-    assert (run_dir / PAUSED_MARKER).read_text() == "2\n"
+    step = int(re.search(r"paused after step (\d) of 6; ", printed + errors)[1])
+    if code == 0:
+        assert "; the same command goes on from there" in printed
+    else:
+        said = f"paused after step {step} of 6; to go on: {shlex.join(command(run_dir))}\n"
+        assert errors.endswith(said)
+    assert step % 2 == 0
+    assert (run_dir / PAUSED_MARKER).read_text() == f"{step}\n"
     assert not (run_dir / STOP_FILE).exists()
     assert not (run_dir / SUMMARY_FILE).exists()
 
     done = train(run_dir)
     assert done.returncode == 0, done.stderr
-    assert f"resuming from {run_dir / 'checkpoint-2'}" in done.stdout
+    assert f"resuming from {run_dir / f'checkpoint-{step}'}" in done.stdout
     assert not (run_dir / PAUSED_MARKER).exists()
     assert_same_outcome(run_dir, straight[0])
 

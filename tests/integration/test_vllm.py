@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import requests
 
+from mini_r1.launch.guard import KEY, key_header
 from mini_r1.launch.plan import server_command
 from mini_r1.metrics import LOGP_DIFFERENCE
 from mini_r1.recipe import load_recipe
@@ -188,10 +190,12 @@ def test_a_finished_run_ends_its_server(tmp_path):
     assert not any(str(tmp_path) in arguments for arguments in processes_with("args"))
 
 
-def test_a_given_server_is_used_and_left_alone(tmp_path):
+def test_a_given_server_is_used_and_left_alone_and_knows_who_asks(tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY, "known to both")
     memory = ["--vllm_max_model_length", "72", "--vllm_gpu_memory_utilization", "0.5"]
     recipe = load_recipe(RECIPE, memory)
     port = 18_123
+    url = f"http://127.0.0.1:{port}"
     log = (tmp_path / "server.log").open("wb")
     cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1"}
     variables = {**environment(), **cpu, "VLLM_SERVER_DEV_MODE": "1"}
@@ -203,10 +207,20 @@ def test_a_given_server_is_used_and_left_alone(tmp_path):
         start_new_session=True,
     )
     try:
-        given = {"vllm_server_base_url": f"http://127.0.0.1:{port}", "vllm_server_timeout": 120.0}
+        given = {"vllm_server_base_url": url, "vllm_server_timeout": 120.0}
         done = train(tmp_path / "run", vllm_mode="server", **given)
         assert "starting vLLM" not in done.stdout
         assert server.poll() is None
         assert not (tmp_path / "run" / "logs").exists()
+        # Without the key no route of it answers, those that replace the weights among them.
+        description = f"{url}/openapi.json"
+        routes = requests.get(description, headers=key_header()).json()["paths"]
+        assert {"/health", "/v1/models", "/update_weights", "/server_info"} <= routes.keys()
+        assert requests.get(description).status_code == 401
+        for path, methods in routes.items():
+            for method in methods:
+                assert requests.request(method, url + path).status_code == 401, path
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert not [path for path in files if b"known to both" in path.read_bytes()]
     finally:
         os.killpg(server.pid, signal.SIGKILL)

@@ -19,7 +19,7 @@ from mini_r1.launch import doctor
 from mini_r1.launch.machine import Machine
 from mini_r1.model import model_path
 from mini_r1.recipe import load_recipe
-from mini_r1.run import LOGS_FOLDER, MERGED_FOLDER, RECIPE_FILE
+from mini_r1.run import LOGS_FOLDER, MERGED_FOLDER, RECIPE_FILE, mark_complete
 from tests.tiny_models import build
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -249,7 +249,8 @@ def test_trackers_that_need_nothing(at_home, monkeypatch, chosen):
 
 def test_writing_to_the_hub_needs_a_token(at_home, monkeypatch):
     assert at_home("--push_to_hub") == [
-        "push_to_hub: no hub token here; run 'hf auth login', or write push_to_hub: false"
+        "push_to_hub: no hub token here; run 'hf auth login', give --hub_token, or write "
+        "push_to_hub: false"
     ]
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     (problem,) = at_home("--push_to_hub")
@@ -385,7 +386,7 @@ def test_a_run_stands_for_its_newest_weights(tmp_path):
     for file in [file for file in run.iterdir() if file.is_file() and file.name != RECIPE_FILE]:
         file.rename(checkpoint / file.name)
     assert "this run has no model and no complete checkpoint yet" in told(run)[0]
-    (checkpoint / "complete").touch()
+    mark_complete(run, 5)
     assert told(run) == []
 
 

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ from mini_r1 import InputError
 from mini_r1.cli import main
 from mini_r1.launch import slurm
 from mini_r1.launch.machine import Machine
-from mini_r1.launch.slurm import SECRET, Job, plan_job
+from mini_r1.launch.slurm import Job, harmless, plan_job
 from mini_r1.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -81,18 +82,96 @@ def test_an_array_element_is_requeued_alone(monkeypatch, tmp_path):
     assert job.logs.name == "12.2"
 
 
-SECRETS = ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "db_password"]
+# What a user's environment holds: each value has "hidden" where nobody may see it.
+ENVIRONMENT = {
+    "HF_TOKEN": "hidden",
+    "WANDB_API_KEY": "hidden",
+    "GITHUB_PAT": "hidden",
+    "DATABASE_URL": "postgres://me:hidden@db/x",
+    "http_proxy": "http://me:hidden@proxy:3128",
+    "MYSQL_PWD": "hidden",
+    "BLOB_SAS": "sv=1&sig=hidden",
+    "JWT": "hidden",
+    "COOKIE": "session=hidden",
+    "PIP_INDEX_URL": "https://me:hidden@pypi.example/simple",
+    "VLLM_API_KEY": "hidden",
+    "NVIDIA_API_KEY": "hidden",
+    "MINI_R1_VLLM_KEY": "hidden",
+    "BASH_FUNC_module%%": "() { echo hidden\n}",
+    "SLURM_JOB_COMMENT": "hidden",
+    "SLURM_JOB_NAME": "hidden",
+    "SLURM_SPANK_X": "hidden",
+    "PATH_TO_MY": "hidden",
+    "HF_ENDPOINT": "https://me:hidden@hub.example/x?key=hidden#hidden",
+    "NCCL_DEBUG": "INFO\nexport X=hidden",
+    "NCCL_SOCKET_IFNAME": "eth0",
+    "HF_HOME": f"/scratch/hf_{'hidden' * 6}/hub",
+    "CUDA_VISIBLE_DEVICES": "GPU-0a1b2c3d-0a1b-0a1b-0a1b-0a1b2c3d4e5f",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_JOB_ID": "12",
+}
+SCONTROL = (
+    "JobId=12 JobName=hidden UserId=me(1000) TimeLimit=06:00:00 NumNodes=2 CPUs/Task=1 "
+    "ReqTRES=cpu=2,gres/gpu=8 Command=/x/train.sbatch RECIPE --hub_token hidden "
+    "Comment=and TimeLimit=hidden TresPerNode=gres/gpu:4\n"
+)
 
 
-@pytest.mark.parametrize("name", [*SECRETS, "GOOGLE_APPLICATION_CREDENTIALS"])
-def test_secrets_are_recognized(name):
-    assert SECRET.search(name)
+def test_what_is_kept_of_a_jobs_environment_is_harmless_and_its_owners(monkeypatch, tmp_path):
+    monkeypatch.setattr(slurm, "_output", lambda *command: SCONTROL)
+    monkeypatch.setattr("os.environ", ENVIRONMENT)
+    recipe = load_recipe(RECIPES / "tiny-cpu.yaml", ["--output_dir", str(tmp_path)])
+    job = Job(recipe, ENVIRONMENT)
+    job.logs.mkdir(parents=True)
+    job._capture()
+    file = job.logs / "env.txt"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.read_text().splitlines() == [
+        "JobId=12",
+        "NumNodes=2",
+        "ReqTRES=cpu=2,gres/gpu=8",
+        "TresPerNode=gres/gpu:4",
+        "TimeLimit=06:00:00",
+        "CUDA_VISIBLE_DEVICES=GPU-0a1b2c3d-0a1b-0a1b-0a1b-0a1b2c3d4e5f",
+        "HF_ENDPOINT=https://***@hub.example/x?***",
+        "HF_HOME=/scratch/hf_***/hub",
+        "NCCL_DEBUG=INFO",
+        "NCCL_SOCKET_IFNAME=eth0",
+        "SLURM_JOB_ID=12",
+        "SLURM_JOB_NODELIST=node[1-2]",
+    ]
+
+
+@pytest.mark.parametrize(
+    "value", ["", "/opt/cuda/bin:/usr/bin", "expandable_segments:True", "0,1,2", "node[001-128]"]
+)
+def test_what_debugging_needs_is_kept_as_it_is(value):
+    assert harmless(value) == value
 
 
 def test_outside_of_a_job_it_says_what_to_do(capsys, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert slurm.main([str(EIGHT)]) == 2
     assert "not in a SLURM job; use sbatch" in capsys.readouterr().err
+
+
+def test_a_token_goes_on_without_being_shown(capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "")
+    cluster = ["--nodes", "3", "--gpus-per-node", "8", "--hub_token", "my-token", "--dry-run"]
+    assert main(["slurm", str(EIGHT), *cluster]) == 0
+    assert "hub_token" not in capsys.readouterr().out
+    assert os.environ["HF_TOKEN"] == "my-token"
+
+
+def test_a_token_given_to_a_job_goes_on_without_being_kept(monkeypatch):
+    recipes = []
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr(slurm.Job, "__init__", lambda job, recipe: recipes.append(recipe))
+    monkeypatch.setattr(slurm.Job, "run", lambda job: 0)
+    assert slurm.main([str(EIGHT), "--hub_token=my-token", "--seed", "3"]) == 0
+    assert recipes[0].overrides == ("--seed", "3")
+    assert os.environ["HF_TOKEN"] == "my-token"
 
 
 def test_a_dry_run_shows_the_job(capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mini_r1.launch import vllm_server
+from mini_r1.launch.guard import KEY
 from mini_r1.launch.vllm_server import ServerDied, VLLMServer, take_last_gpu
 from mini_r1.recipe import load_recipe
 
@@ -108,6 +109,9 @@ def test_the_server_sees_its_gpu_and_nothing_of_the_launcher(tmp_path, monkeypat
     assert f"--port {port} --max-model-len 1280 --dtype bfloat16" in command
     assert '--weight-transfer-config {"backend": "nccl"}' in command
     assert "--logprobs-mode processed_logprobs --max-logprobs -1" in command
+    assert "--middleware mini_r1.launch.guard.OnlyTheRun" in command
+    assert len(server._env[KEY]) > 40
+    assert server._env[KEY] not in command
     assert str(server.group_port) not in server.url
 
 

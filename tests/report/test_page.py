@@ -1,16 +1,20 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from html import unescape
+from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 import yaml
+from hypothesis import given
 
-from mini_r1 import InputError
+from mini_r1 import InputError, visible
 from mini_r1.cli import main
 from mini_r1.metrics import CHARTS, METRICS
+from mini_r1.report.chart import TEMPLATES
 from mini_r1.report.page import (
     MAX_SAMPLES,
     ORIGINAL_MILESTONES,
@@ -18,7 +22,10 @@ from mini_r1.report.page import (
     render,
     write_report,
 )
+from mini_r1.rollouts import Rollout
 from mini_r1.run import load_run
+from tests.hostile import HOSTILE as ANY_TEXT
+from tests.hostile import TEXTS, fuzz, is_inert
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = (
@@ -115,6 +122,60 @@ def test_what_a_model_writes_stays_text(run_dir):
     assert page.count("<script>") == 1
     assert '<mark class="false">1+1=3</mark>' in page
     assert '<mark class="true">2+2=4</mark>' in page
+
+
+class Elements(HTMLParser):
+    """The elements of a page with the names of their attributes, and its text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.text = set(), ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.found.add((tag, *(name for name, _ in attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_no_text_of_the_corpus_acts_in_the_page(run_dir):
+    def page_with(texts):
+        samples = [Rollout(1, {"question": text}, {}, text, None) for text in texts]
+        examples = [{"row": {text: text}, "completion": text, "solved": False} for text in texts]
+        (first, name, content), *others = run.evaluations
+        return render(
+            [
+                replace(
+                    run,
+                    folder=Path("".join(texts).replace("\0", "")),
+                    recipe={**run.recipe, "columns": {text: text for text in texts}},
+                    manifest={**run.manifest, "command": texts},
+                    samples=samples,
+                    evaluations=[(first, name, {**content, "examples": examples}), *others],
+                )
+            ],
+            {},
+        )
+
+    run = load_run(run_dir)
+    page = page_with(TEXTS)
+    assert is_inert(page)
+    hostile = Elements(page)
+    assert hostile.found == Elements(page_with(["1+1=2, 1+1=3"])).found
+    for text in TEXTS:
+        assert visible(text.strip()) in hostile.text.replace(" (false)", "")
+
+
+@given(ANY_TEXT)
+@fuzz
+def test_no_text_makes_an_element(text):
+    page = TEMPLATES.from_string('<p title="{{ text }}">{{ text }}</p>').render(text=text)
+    assert is_inert(page)
+    elements = Elements(page)
+    assert elements.found == {("p", "title")}
+    assert elements.text == visible(text)
 
 
 def test_nothing_is_loaded_from_anywhere(run_dir):

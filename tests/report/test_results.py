@@ -10,9 +10,11 @@ from mini_r1 import InputError
 from mini_r1.manifest import weights_hash
 from mini_r1.model import model_path
 from mini_r1.recipe import load_recipe
+from mini_r1.report import results
 from mini_r1.report.results import write_results
 from mini_r1.run import write_json
 from mini_r1.sweep import load_sweep, run_sweep
+from tests.hostile import TEXTS, is_inert
 from tests.test_sweep import RECIPES, write_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +73,19 @@ def test_a_table_has_every_seed_and_the_means(written):
     assert f"| plus minus only: true | 10 | {before} | {after} | 3.5 |\n" in written[0]
     assert "| pass@1 | 10 | 20.0%<br>20.0% | 60.0%<br>80.0% | 3.5 |\n" in written[0]
     assert "**Make 3 using each of 1, 2 once**\n\nBefore, failed:\n\n    1+2=3\n" in written[0]
+
+
+def test_no_text_of_the_corpus_acts_in_the_results():
+    record = {when: {"examples": []} for when in ("before", "after")}
+    for each in record.values():
+        each["examples"] = [
+            {"row": {"x": text}, "completion": text, "solved": False} for text in TEXTS
+        ]
+    shown = results._examples(record)
+    assert is_inert(shown)
+    ours = ("**{", "Before, failed:", "After, failed:", "    ")  # all else is Markdown's code
+    assert all(line.startswith(ours) for line in shown.split("\n") if line.strip())
+    assert "| a\\|b |" in results._markdown(["x"], [["a|b"]])
 
 
 def test_a_figure_has_the_mean_and_the_range_of_the_smoothed_seeds(written):

@@ -4,6 +4,7 @@ The trainer is the real one, on the embedded base, over gloo. Where a job has a 
 stub answers there, since the real server needs a GPU, and transformers generates.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import requests
 
 from mini_r1.model import model_path
 from mini_r1.run import COMPLETE_MARKER, MANIFEST_FILE, SUMMARY_FILE
@@ -168,13 +170,18 @@ def test_two_nodes_train_together(straight):
 
 
 def test_one_node_does_what_train_does_there(cluster, runs):
-    run_dir, secret = runs / "one", [("WANDB_API_KEY", "hidden")]
-    job = cluster.submit(run_dir, "--max_steps", "2", options=["--nodes=1"], env=secret)
+    run_dir, secret = runs / "one", [("WANDB_API_KEY", "se-cret")]
+    token, options = ["--hub_token", "se-cret"], ["--nodes=1", "--comment=se-cret"]
+    job = cluster.submit(run_dir, "--max_steps", "2", *token, options=options, env=secret)
     assert cluster.finish(job)[:2] == ("COMPLETED", "0"), log_of(run_dir)
     assert world_size(run_dir) == 1
-    env = (run_dir / "logs" / "latest" / "env.txt").read_text()
-    assert "WANDB_API_KEY=<redacted>" in env
-    assert "hidden" not in env
+    env = run_dir / "logs" / "latest" / "env.txt"
+    assert env.stat().st_mode & 0o777 == 0o600
+    lines = env.read_text().splitlines()
+    assert {f"JobId={job}", f"SLURM_JOB_ID={job}", "SLURM_JOB_PARTITION=main"} <= {*lines}
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"se-cret" in path.read_bytes()]
+    assert "se-cret" not in log_of(run_dir)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +230,20 @@ def test_a_failing_trainer_fails_the_job_and_ends_the_server(cluster, runs):
     state, code, _ = cluster.finish(job)
     assert (state, code) == ("FAILED", "2"), log_of(runs / "failing")
     assert cluster.call("squeue", "-h", "-s", "-j", job) == ""
+
+
+def test_the_server_of_a_job_answers_the_job_alone(cluster, runs):
+    run_dir = runs / "guarded"
+    job = cluster.submit_served(run_dir, "--max_steps", "2")
+    server, answers = f"http://127.0.0.1:{20_001 + int(job) * 7 % 10_000}", set()
+    while cluster.state(job)[0] in ("PENDING", "RUNNING"):
+        for path in ("/health", "/v1/models", "/update_weights"):
+            with contextlib.suppress(OSError):
+                answers.add(requests.get(server + path, timeout=5).status_code)
+        time.sleep(0.3)
+    assert answers == {401}
+    # Readiness and trainer were let in.
+    assert cluster.state(job)[:2] == ("COMPLETED", "0"), log_of(run_dir)
 
 
 def test_a_server_that_does_not_come_up_fails_the_job_at_once(cluster, runs):

@@ -1,10 +1,21 @@
-"""The training script beside a stub of vLLM: the real one, but transformers generates."""
+"""The training script beside a stub of vLLM: the real one, but transformers generates.
+
+Before that it asks the stub once, as TRL's client would.
+"""
 
 import runpy
 import sys
 from pathlib import Path
 
+import requests
+
+from mini_r1 import quirks
+from mini_r1.launch.guard import key_header
+
 if __name__ == "__main__":
+    server = sys.argv[sys.argv.index("--vllm_server_base_url") + 1]
+    quirks.show_key(server, key_header())
+    requests.get(f"{server}/v1/models").raise_for_status()
     kept = []
     for position, argument in enumerate(sys.argv):
         of_vllm = argument.startswith("--vllm") or sys.argv[position - 1].startswith("--vllm")

@@ -92,7 +92,7 @@ def _stated_value(tokens: list[int | str]) -> int:
 
 def _evaluate(tokens: list[int | str]) -> Equation:
     """Shunting-yard: one pass, two stacks, so brackets may nest as deep as the length cap lets."""
-    values: list[Fraction] = []
+    values: list[Fraction | int] = []  # exact alike, and integers are fast
     operators: list[str] = []
     numbers: list[int] = []
     operand_expected = True
@@ -101,7 +101,7 @@ def _evaluate(tokens: list[int | str]) -> Equation:
         if operand_expected:
             if isinstance(token, int):
                 numbers.append(token)
-                values.append(Fraction(token))
+                values.append(token)
                 operand_expected = False
             elif token == "-":
                 operators.append("neg")
@@ -134,10 +134,10 @@ def _evaluate(tokens: list[int | str]) -> Equation:
         if operator == "(":
             raise ExpressionError("a '(' without its ')'")
         _apply(operator, values)
-    return Equation(values[0], tuple(numbers))
+    return Equation(Fraction(values[0]), tuple(numbers))
 
 
-def _apply(operator: str, values: list[Fraction]) -> None:
+def _apply(operator: str, values: list[Fraction | int]) -> None:
     right = values.pop()
     if operator == "neg":
         values.append(-right)
@@ -152,4 +152,4 @@ def _apply(operator: str, values: list[Fraction]) -> None:
     elif right == 0:
         raise ExpressionError("division by zero")
     else:
-        values.append(left / right)
+        values.append(Fraction(left, right))

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from mini_r1 import InputError, hub
+from mini_r1 import InputError, hub, visible
 from mini_r1.data import check_head
 from mini_r1.launch.machine import Machine, leftover_variables, num_processes
 from mini_r1.launch.memory import checkpoint_bytes, model_shape
@@ -112,7 +112,7 @@ def examine(recipe_path: str | None, machine: Machine, planned: bool) -> None:
     print(plan)
     found = [] if planned else list(problems(plan.recipe, plan))
     for problem in found:
-        print(f"problem     {problem}")
+        print(visible(f"problem     {problem}"))
     if found:
         many = f"{len(found)} problem{'s' if len(found) > 1 else ''}"
         raise InputError(f"{recipe_path} will not run here: {many}, listed above")
@@ -244,7 +244,9 @@ def _uploads(recipe: Recipe) -> Iterator[InputError]:
     instead = "write push_to_hub: false" if key == "push_to_hub" else "leave it out"
     token = get_token()
     if not token:
-        yield InputError(f"no hub token here; run 'hf auth login', or {instead}", key=key)
+        yield InputError(
+            f"no hub token here; run 'hf auth login', give --hub_token, or {instead}", key=key
+        )
         return
     if refusal := hub.token_refusal(token):
         yield InputError(f"{refusal}; {instead}", key=key)

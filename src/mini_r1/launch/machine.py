@@ -156,12 +156,21 @@ def num_processes() -> int:
 
 
 def end_with_launcher() -> None:
-    """Have this process of a launch told to save and stop when its launcher dies, even of kill -9.
+    """Have this process of a launch killed when its launcher dies, even of kill -9. Linux only.
 
-    Else it would go on unseen, and be in the way of the next attempt. Linux only.
+    Else it would go on unseen, and be in the way of the next attempt.
     """
+    _on_launcher_death(signal.SIGKILL)
+
+
+def outlive_launcher() -> None:
+    """Have this process of a launch save and stop as it was asked, whatever its launcher does."""
+    _on_launcher_death(0)
+
+
+def _on_launcher_death(number: int) -> None:
     if launched() and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def leftover_variables() -> Iterator[InputError]:

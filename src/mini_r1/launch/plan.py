@@ -22,7 +22,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from mini_r1 import BAD_INPUT, INTERRUPTED, InputError, RunFailed
+from mini_r1 import BAD_INPUT, SIGNALLED, InputError, Interrupted, RunFailed
+from mini_r1.launch.guard import MIDDLEWARE
 from mini_r1.launch.machine import Machine, visible_gpus
 from mini_r1.launch.memory import checkpoint_bytes, estimate_memory, has_16_bit_weights, peak
 from mini_r1.model import model_path, whole_model
@@ -31,7 +32,7 @@ from mini_r1.run import weights_of
 
 LAUNCH_CONFIGS = Path("configs/accelerate_configs")
 TRAINING_SCRIPT = Path("scripts/run_r1_grpo.py")
-SERVER_HOST = "127.0.0.1"  # its development endpoints can replace the weights
+SERVER_HOST = "127.0.0.1"
 SERVER_MEMORY_UTILIZATION = 0.9  # of a GPU that the server has for itself
 ONE_GPU_RECIPE = "recipes/grpo-qwen-2.5-3b-1gpu.yaml"
 
@@ -293,7 +294,8 @@ def server_command(
 ) -> list[str]:
     """The vLLM server that a recipe needs, as arguments of a Python interpreter.
 
-    It is the module that `vllm serve` runs; the command itself is missing from the CPU builds.
+    It is the module that `vllm serve` runs; the command itself is missing from the CPU builds. It
+    answers only to who brings the key of its environment: guard.py.
 
     Args:
         replicas: GPUs, each with the whole model.
@@ -316,6 +318,7 @@ def server_command(
         "weight-transfer-config": '{"backend": "nccl"}',
         "logprobs-mode": "processed_logprobs",
         "max-logprobs": -1,
+        "middleware": MIDDLEWARE,
     }
     command = ["-m", "vllm.entrypoints.openai.api_server"]
     for name, value in options.items():
@@ -495,13 +498,14 @@ def _what_would_fit(recipe: Recipe, machine: Machine, processes: int) -> str:
 def launch(plan: Plan) -> None:
     """Start the training processes as `accelerate launch` does, and return when they have ended.
 
-    In this process, so that Ctrl-C is passed on to them and nothing else: torch's launcher would
+    In this process, so that signals are passed on to them and nothing else: torch's launcher would
     give them 30 seconds to save, and end with a traceback.
 
     Raises:
         InputError: this is no checkout, so there are no launch configs.
         RunFailed: one of the processes did, or was killed.
-        SystemExit: bad input or Ctrl-C; the processes have said it themselves.
+        SystemExit: bad input or a signal; the processes have said it themselves.
+        Interrupted: a signal came before there were any.
     """
     if not (ROOT / LAUNCH_CONFIGS).is_dir():
         raise InputError(
@@ -511,7 +515,6 @@ def launch(plan: Plan) -> None:
     print(shlex.join(plan.command), flush=True)
     import psutil
     from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     def pass_on(number: int, _frame: object) -> None:
@@ -519,20 +522,19 @@ def launch(plan: Plan) -> None:
         for process in processes:
             process.send_signal(number)
         if not processes:
-            raise KeyboardInterrupt
+            raise Interrupted("interrupted", number)
 
-    # How torchrun is told to leave Ctrl-C to us; its log would only repeat what is said below.
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGUSR1,SIGHUP,SIGQUIT"
+    # How torchrun is told to leave them to us; its log would only repeat what is said below.
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, pass_on)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, pass_on)
     try:
         launch_command(launch_command_parser().parse_args(plan.command[2:]))
-    except SignalException as stop:
-        sys.exit(128 + stop.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode in (BAD_INPUT, INTERRUPTED):  # it has said so itself
+        if failure.exitcode == BAD_INPUT or failure.exitcode > SIGNALLED:  # it has said so itself
             sys.exit(failure.exitcode)
         ended = f"training process {rank} of {plan.processes} ended with {failure.exitcode}"
         raise RunFailed(ended) from None

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mini_r1 import InputError
+from mini_r1.launch.guard import draw_key
 from mini_r1.launch.machine import Machine
 from mini_r1.launch.plan import (
     LAUNCH_CONFIGS,
@@ -35,13 +36,30 @@ from mini_r1.launch.plan import (
 )
 from mini_r1.launch.vllm_server import answers
 from mini_r1.recipe import ROOT, Recipe, load_recipe
-from mini_r1.run import LOGS_FOLDER, paused_step, request_stop, withdraw_stop, write_text
+from mini_r1.run import LOGS_FOLDER, paused_step, request_stop, withdraw_stop
+from mini_r1.syntax import take_hub_token
 
 MAX_REQUEUES = 100  # a job that always pauses at once would go on for ever
 SERVER_READY_TIMEOUT = 900.0  # seconds
 STOP_GRACE = 240.0  # seconds from a dead server to the end of a trainer that has not saved by then
 POLL_INTERVAL = 0.5  # seconds
-SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
+# What is kept of an attempt's environment: what a job is laid out by, and what its libraries are
+# set up by. No free text, which anything may stand in.
+KEPT_VARIABLES = re.compile(
+    r"SLURM_(ARRAY_(JOB|TASK)_ID|CLUSTER_NAME|CPUS?_\w+|GPUS?_\w+|JOB_GPUS|JOB_ID|JOB_NODELIST"
+    r"|JOB_NUM_NODES|JOB_PARTITION|LOCALID|MEM_\w+|NNODES|NODEID|NTASKS\w*|PROCID|RESTART_COUNT"
+    r"|TASKS_PER_NODE|THREADS_PER_CORE)"
+    r"|(CUDA|NCCL|TORCH_NCCL|OMP|GLOO)_[A-Z0-9_]+|(NVIDIA|ROCR|HIP)_VISIBLE_DEVICES"
+    r"|VLLM_(ATTENTION_BACKEND|CACHE_ROOT|HOST_IP|LOGGING_LEVEL|WORKER_MULTIPROC_METHOD)"
+    r"|HF_(DATASETS_CACHE|DATASETS_OFFLINE|ENDPOINT|HOME|HUB_CACHE|HUB_OFFLINE)"
+    r"|TRANSFORMERS_OFFLINE|WANDB_MODE|PYTORCH_(CUDA_)?ALLOC_CONF|TOKENIZERS_PARALLELISM"
+    r"|TRITON_CACHE_DIR|MINI_R1_(PYTHON|SERVER_PYTHON|SITE)|CONDA_PREFIX|VIRTUAL_ENV"
+    r"|HOSTNAME|LANG|LC_ALL|LD_LIBRARY_PATH|LOADEDMODULES|PATH|PYTHONPATH|TMPDIR"
+)
+KEPT_FIELDS = (  # of scontrol
+    *("JobId", "Partition", "NodeList", "NumNodes", "NumCPUs", "NumTasks", "TRES", "ReqTRES"),
+    *("AllocTRES", "TresPerNode", "TimeLimit", "StartTime", "EndTime", "Requeue", "Restarts"),
+)
 
 
 @dataclass(frozen=True)
@@ -233,6 +251,7 @@ class Job:
         Raises:
             SystemExit: it did not come up.
         """
+        draw_key()  # srun hands it on to server and trainer
         command = server_command(self.recipe, self.port + 1, node, gpus)
         python = os.environ.get("MINI_R1_SERVER_PYTHON", sys.executable)
         server = self._srun([node], "server", [python, *command], VLLM_SERVER_DEV_MODE="1")
@@ -291,16 +310,29 @@ class Job:
         return 0
 
     def _capture(self) -> None:
-        """What this attempt ran in, without its secrets."""
-        job = _output("scontrol", "show", "job", self.id)
-        shown = (
-            f"{key}={'<redacted>' if SECRET.search(key) else value}"
-            for key, value in sorted(os.environ.items())
-        )
-        write_text(self.logs / "env.txt", "\n".join([job, *shown]) + "\n")
+        """What this attempt ran in, for its owner's eyes."""
+        job = _output("scontrol", "show", "job", "-o", self.id)
+        fields = dict(reversed(re.findall(r"(\S+?)=(\S*)", job)))  # the first of a name is SLURM's
+        shown = [(name, fields[name]) for name in KEPT_FIELDS if name in fields]
+        shown += [(k, v) for k, v in sorted(os.environ.items()) if KEPT_VARIABLES.fullmatch(k)]
+        lines = [f"{name}={harmless(value)}\n" for name, value in shown]
+        file = os.open(self.logs / "env.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(file, "w", encoding="utf-8", errors="replace") as kept:
+            kept.writelines(lines)
         latest = self.logs.with_name("latest")
         latest.unlink(missing_ok=True)
         latest.symlink_to(self.logs.name)
+
+
+def harmless(value: str) -> str:
+    """What of a variable's value may be kept: its first line, with nothing that could be a secret.
+
+    That is the user and password and the query of an address, and what is too long for a word.
+    """
+    line = value.splitlines()[0] if value else ""
+    line = re.sub(r"(?<=://)[^/\s]*@", "***@", line)
+    line = re.sub(r"(://[^\s?#]*)[?#]\S*", r"\1?***", line)
+    return re.sub(r"[A-Za-z0-9]{20,}", "***", line)
 
 
 def _output(*command: str) -> str:
@@ -315,7 +347,7 @@ def main(arguments: list[str]) -> int:
                 "not in a SLURM job; use sbatch scripts/slurm/train.sbatch RECIPE, or "
                 "mini-r1 slurm RECIPE --dry-run"
             )
-        return Job(load_recipe(arguments[0], arguments[1:])).run()
+        return Job(load_recipe(arguments[0], take_hub_token(arguments[1:]))).run()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,7 +21,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from mini_r1 import RunFailed
+from mini_r1 import InputError, RunFailed
+from mini_r1.launch.guard import KEY, draw_key, key_header
 from mini_r1.launch.machine import visible_gpus
 from mini_r1.launch.plan import SERVER_HOST, server_command
 from mini_r1.recipe import Recipe
@@ -82,7 +83,7 @@ class VLLMServer:
             for key, value in os.environ.items()
             if not key.startswith(LAUNCHER_VARIABLES)
         }
-        self._env |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": SERVER_HOST}
+        self._env |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": SERVER_HOST, KEY: draw_key()}
         if gpu is not None:
             self._env["CUDA_VISIBLE_DEVICES"] = gpu
         self._keeper: subprocess.Popen | None = None
@@ -147,11 +148,32 @@ class VLLMServer:
 
 def answers(url: str) -> bool:
     """Whether the server at an address says that it is ready."""
+    return _health(url) == 200
+
+
+def check_key(url: str) -> None:
+    """Whether a server that was given lets this run in; TRL's client would ask it for ever.
+
+    Raises:
+        InputError: it wants another key.
+    """
+    if _health(url) == 401:
+        raise InputError(
+            f"the server refuses this run; set {KEY} to the key that it was started with",
+            key="vllm_server_base_url",
+        )
+
+
+def _health(url: str) -> int | None:
+    """The status that a server gives to its run; None if it does not answer."""
+    request = urllib.request.Request(f"{url.rstrip('/')}/health", headers=key_header())
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
-            return response.status == 200
+        with urllib.request.urlopen(request, timeout=5) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
     except (urllib.error.URLError, OSError):
-        return False
+        return None
 
 
 def _free_port() -> int:

@@ -12,9 +12,13 @@ from statistics import fmean
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from mini_r1 import visible
+
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
+    # Before it is escaped; what is markup already has been through this.
+    finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)),
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

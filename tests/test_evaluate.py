@@ -139,6 +139,17 @@ def test_leaves_the_training_untouched(base):
     base[0].eval()
 
 
+def test_leaves_the_model_in_its_mode_also_when_it_is_stopped(base):
+    def stop(completions):
+        raise InterruptedError
+
+    base[0].train()
+    with pytest.raises(InterruptedError):
+        sample_base(base, [Puzzle((1, 2), 3)], on_batch=stop)
+    assert base[0].training
+    base[0].eval()
+
+
 def test_samples_from_the_whole_distribution(base):
     """A model that knows nothing writes every token: no filter stands between it and the sample."""
     model, tokenizer = copy.deepcopy(base[0]), base[1]

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 # Two steps to a generation, and in them everything that a run does: a scheduled evaluation, a
 # checkpoint that is thrown away again, a last one.
 SHORT = {
-    "max_steps": 6,
+    "max_steps": 4,
     "save_steps": 2,
     "save_total_limit": 1,
     "eval_strategy": "steps",
@@ -54,6 +54,7 @@ class Zygote:
 
     def __init__(self, process, processes=1):
         self._process, self.processes = process, processes
+        self.said = {1: "one process", 2: "two processes"}[processes]
 
     def train(
         self,

@@ -32,7 +32,7 @@ def test_a_signal_at_any_file_operation_leaves_no_trace(straight, saw, number):
         found = [f"exit codes {codes}"] if any(codes) else differences(outcome(run_dir), left)
         if found:
             traces[f"{at} {operations[at]}"] = found
-    what = f"{number.name} before a file operation, {launcher.processes} process(es)"
+    what = f"{number.name} before a file operation, {launcher.said}"
     saw(what, len(steps), f"{paused} saved and stopped; {len(traces)} runs differ in the end")
     assert traces == {}
     assert paused > len(steps) / 3
@@ -52,27 +52,28 @@ def judge(completions, **columns):
 """
 
 
-@pytest.mark.parametrize("step", [0, 2, 6], ids=["before", "amid the steps", "after"])
+@pytest.mark.parametrize("step", [0, 2, 4], ids=["before", "amid the steps", "after"])
 def test_an_evaluation_ends_after_its_batch(straight, tmp_path, saw, step):
     launcher, run_dir, *_ = straight
-    batches, ranks = 8, launcher.processes
-    at = {0: 3, 2: batches + 3, 6: 3 * batches + 3}[step]
+    batches, ranks = 4, launcher.processes
+    at = {0: 2, 2: batches + 2, 4: 2 * batches + 2}[step]
     judge = tmp_path / "judge.py"
-    changes = {"eval_reward": f"{judge}:judge", "num_eval_samples": 256}
+    changes = {"eval_reward": f"{judge}:judge"}
+    changes |= {"num_eval_puzzles": batches, "num_eval_samples": 256}  # a batch for each puzzle
     text = JUDGE.replace("ON", f'"{ranks - 1}"')
     judge.write_text(text.replace("AT", "0"))
     clear(run_dir)
     assert launcher.train(run_dir, **changes) == [0] * ranks
     left, calls = outcome(run_dir), tmp_path / "calls"
-    assert calls.stat().st_size == 4 * batches
+    assert calls.stat().st_size == 3 * batches
 
     calls.unlink()
     judge.write_text(text.replace("AT", str(at)))
     clear(run_dir)
     assert launcher.train(run_dir, **changes) == [CODES[signal.SIGTERM]] * ranks
     assert calls.stat().st_size <= at + 2 * ranks - 1
-    assert f"paused after step {step} of 6; to go on: " in log_of(run_dir)
+    assert f"paused after step {step} of 4; to go on: " in log_of(run_dir)
     judge.write_text(text.replace("AT", "0"))
     assert launcher.train(run_dir, **changes) == [0] * ranks
     assert differences(outcome(run_dir), left) == []
-    saw(f"SIGTERM in an evaluation, {ranks} process(es), step {step}", 1, "ends after its batch")
+    saw(f"SIGTERM in an evaluation, {launcher.said}, step {step}", 1, "ends after its batch")

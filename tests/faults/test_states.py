@@ -17,7 +17,7 @@ def stopped(alone):
     """A run that was killed after its second checkpoint; both are there."""
     launcher, run_dir, _ = alone
     clear(run_dir)
-    options = {"save_total_limit": 3}
+    options = {"save_total_limit": 3, "max_steps": 6}
     assert launcher.train(run_dir, **options) == [0]
     left = outcome(run_dir)
     for name in ("summary.json", "checkpoint-6/complete"):

@@ -6,6 +6,7 @@ behaves as `mini-r1 train` would: it takes its arguments and environment, and di
     python -m tests.faults.zygote    reads one JSON request per line, answers with one line each
 """
 
+import gc
 import json
 import os
 import signal
@@ -83,14 +84,19 @@ def train(request: dict) -> None:
 def main() -> None:
     warnings.simplefilter("ignore")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed  # noqa: F401
+    import peft  # noqa: F401
     import torch
 
-    import mini_r1.cli
-    import mini_r1.launch.doctor
     import mini_r1.report.page
     import mini_r1.train  # noqa: F401
+    from mini_r1.launch.doctor import problems
+    from mini_r1.recipe import load_recipe
 
     torch.set_num_threads(1)
+    list(problems(load_recipe("tiny-cpu", [])))  # what it reads is kept
+    gc.freeze()  # nor need it be looked through in every fork
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -72,8 +72,8 @@ def train(output_dir, **changes):
     )
 
 
-def wait_for(condition, process):
-    deadline = time.monotonic() + 200
+def wait_for(condition, process, seconds=200):
+    deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -238,6 +238,27 @@ def test_a_run_pauses_on_request_and_goes_on_as_if_it_had_not(straight, tmp_path
     assert f"resuming from {run_dir / f'checkpoint-{step}'}" in done.stdout
     assert not (run_dir / PAUSED_MARKER).exists()
     assert_same_outcome(run_dir, straight[0])
+
+
+def test_a_run_started_twice_is_refused_and_after_kill_9_it_starts(tmp_path):
+    run_dir, long = tmp_path / "run", {"max_steps": 1000}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    first = subprocess.Popen(command(run_dir, **long), **quiet)
+    lock = run_dir / "lock"
+    wait_for(lambda: lock.exists() and lock.read_text(), first, seconds=20)
+    began = time.monotonic()
+    second = train(run_dir, **long)
+    seconds = time.monotonic() - began
+    assert second.returncode == 2
+    said = rf"error: .*{run_dir} is in use by process {first.pid} on .*, since 20\d\d-.*\n"
+    assert re.fullmatch(said, second.stderr)
+    assert seconds < 2
+    first.kill()
+    first.wait()
+    third = subprocess.Popen(command(run_dir, **long), **quiet)
+    wait_for(lambda: f'"pid": {third.pid},' in lock.read_text(), third, seconds=20)
+    third.kill()
+    third.wait()
 
 
 def test_a_finished_run_is_not_run_again(straight):

@@ -38,7 +38,8 @@ NOTEBOOK = ROOT / "notebooks" / "mini_r1.ipynb"
 DOCUMENTS = [README, CHINESE, GUIDE, METHOD, NOTEBOOK]
 CONTRIBUTING, CHANGELOG = ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"
 ARCHITECTURE, LOG = ROOT / "docs" / "architecture.md", ROOT / "docs" / "log.md"
-WITH_THE_DEVELOPERS = [*DOCUMENTS, CONTRIBUTING, CHANGELOG, ARCHITECTURE, LOG]
+RELIABILITY = ROOT / "docs" / "reliability.md"
+WITH_THE_DEVELOPERS = [*DOCUMENTS, CONTRIBUTING, CHANGELOG, ARCHITECTURE, LOG, RELIABILITY]
 of_documents = pytest.mark.parametrize("document", WITH_THE_DEVELOPERS, ids=lambda path: path.name)
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -115,6 +116,14 @@ def test_the_architecture_names_every_module_and_no_other():
     # Elsewhere in the text a module goes by its path, or by the end of it.
     for name in re.findall(r"[\w/]+\.py\b", re.sub(r"\[[^]]*\]\([^)]*\)", "", text)):
         assert any(f"/{module}".endswith(f"/{name}") for module in modules), name
+
+
+def test_every_promise_has_its_test():
+    text = text_of(RELIABILITY)
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", text)
+    assert [name for name in named if f"def {name}(" not in tests] == []
+    assert len(named) > 30
 
 
 # ---- Commands -------------------------------------------------------------------------------
@@ -207,7 +216,7 @@ def test_keys_and_names_are_real(document):
     """What looks like a key of recipes, a reward, template, base, metric or command is one."""
     for text in inline(document):
         name = text.partition(":")[0]
-        if re.fullmatch(r"[a-z][a-z0-9_]+", name):
+        if re.fullmatch(r"(?!test_)[a-z][a-z0-9_]+", name):
             assert name in NAMES_OF_OURS | NAMES_OF_OTHERS, text
         elif re.fullmatch(r"[a-z][a-z0-9_]+\*", name):
             assert any(key.startswith(name[:-1]) for key in NAMES_OF_OURS), text

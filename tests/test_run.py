@@ -7,6 +7,7 @@ import yaml
 
 from mini_r1 import InputError
 from mini_r1.recipe import load_recipe
+from mini_r1.rollouts import ALL_FILE
 from mini_r1.run import (
     COMPLETE_MARKER,
     MANIFEST_FILE,
@@ -246,6 +247,15 @@ def test_a_record_that_a_resume_needs_is_missed(a_start, name):
     (run_dir / name).unlink()
     (problem,) = folder_problems(recipe)
     assert f"{run_dir} exists and has lost its {Path(name).name}; choose another" in str(problem)
+
+
+def test_samples_that_are_no_text_are_named(a_start):
+    _, run_dir = a_start
+    write_text(run_dir / "samples" / ALL_FILE, "")
+    assert load_run(run_dir).samples == []
+    (run_dir / "samples" / ALL_FILE).write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"completion_samples\.txt: damaged \("):
+        load_run(run_dir)
 
 
 def test_a_damaged_summary_is_no_reason_to_train_again(a_start):

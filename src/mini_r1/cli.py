@@ -1,7 +1,7 @@
 """`mini-r1 ...`: thin; every command imports what it needs only when it runs.
 
-Exit codes: 0 done, 1 failed, 2 bad input (one clear line, no traceback), 130 ended by Ctrl-C, 143 by
-SIGTERM, 129 by a terminal that was closed.
+Exit codes: 0 done, 1 failed, 2 bad input (one clear line, no traceback), 130 ended by Ctrl-C, 143
+by SIGTERM, 129 by a terminal that was closed.
 """
 
 import argparse

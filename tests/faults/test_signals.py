@@ -8,7 +8,7 @@ from mini_r1.run import PAUSED_MARKER
 from tests.faults.harness import clear, differences, log_of, outcome
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
-EVERY = {signal.SIGINT: 9, signal.SIGTERM: 4, signal.SIGHUP: 9}
+EVERY = 4  # of the file operations
 
 
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
@@ -16,9 +16,8 @@ def test_a_signal_at_any_file_operation_leaves_no_trace(straight, saw, number):
     launcher, run_dir, left, operations = straight
     if launcher.processes == 2 and number != signal.SIGTERM:
         pytest.skip("SIGTERM stands for all where two processes must agree")
-    every = EVERY[number] * launcher.processes
     # Before the training listens, and after its last evaluation, it ends as it would.
-    steps = range(operations.index("os.mkdir eval"), len(operations), every)
+    steps = range(operations.index("os.mkdir eval"), len(operations), EVERY)
     paused, traces = 0, {}
     for at in steps:
         clear(run_dir)
@@ -35,7 +34,8 @@ def test_a_signal_at_any_file_operation_leaves_no_trace(straight, saw, number):
     what = f"{number.name} before a file operation, {launcher.said}"
     saw(what, len(steps), f"{paused} saved and stopped; {len(traces)} runs differ in the end")
     assert traces == {}
-    assert paused > len(steps) / 3
+    # Ctrl-C ends at once what can be done again.
+    assert paused > (0 if number == signal.SIGINT else len(steps) / 3)
 
 
 JUDGE = """

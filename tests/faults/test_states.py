@@ -27,18 +27,22 @@ def stopped(alone):
 
 
 def lose(path):
+    """removed"""
     path.unlink()
 
 
 def empty(path):
+    """emptied"""
     path.write_bytes(b"")
 
 
 def cut(path):
+    """cut off"""
     os.truncate(path, path.stat().st_size // 2)
 
 
 def flip(path):
+    """with a bit flipped"""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -57,11 +61,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(stopped, saw, 
         subprocess.run(["rm", "-r", str(aside)], check=True)
         assert differences(outcome(run_dir), left) == []
         (run_dir / "summary.json").unlink()
-    saw(
-        f"a file of the newest checkpoint damaged: {harm.__name__}",
-        len(PARTS),
-        "named; the one before is used",
-    )
+    saw(f"a file of a checkpoint {harm.__doc__}", len(PARTS), "named; the one before is used")
 
 
 RECORDS = ("recipe.yaml", "manifest.json", "summary.json", "eval/before.json")
@@ -86,7 +86,7 @@ def test_a_damaged_record_is_told_in_one_line(alone, saw, harm):
         (run_dir / name).write_bytes(content)
     (run_dir / "summary").rename(run_dir / "summary.json")
     assert launcher.train(run_dir) == [0]
-    saw(f"a record damaged: {harm.__name__}", len(RECORDS), "told in one line, exit code 2")
+    saw(f"a record {harm.__doc__}", len(RECORDS), "told in one line, exit code 2")
 
 
 def test_what_is_no_checkpoint_is_left_alone(stopped):

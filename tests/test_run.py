@@ -93,6 +93,8 @@ def test_only_complete_checkpoints_count(tmp_path):
     mark_begun(tmp_path, 20)
     (tmp_path / "checkpoint-30").mkdir()
     (tmp_path / "checkpoint-30" / COMPLETE_MARKER).touch()  # emptied by a crash
+    (tmp_path / "checkpoint-40").mkdir()
+    (tmp_path / "checkpoint-40" / COMPLETE_MARKER).write_text("{}")
     (tmp_path / "checkpoint-abc").mkdir()
     (tmp_path / "checkpoint-99").touch()
     assert last_complete_checkpoint(tmp_path) == run_weights(tmp_path) == tmp_path / "checkpoint-10"

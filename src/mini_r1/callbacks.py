@@ -114,7 +114,7 @@ class StopRequested(Exception):
 
 
 class HeldOutEvaluation(TrainerCallback):
-    """Evaluates before the first step, every `every` steps and after the last one; logs the result.
+    """Evaluates before the first step and every `every` steps, and logs the results.
 
     Not done before `trainer.train()`: only there the model is wrapped, so that the ranks of ZeRO-3
     can gather its weights. What follows a step is logged after the line of the step itself, and

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from mini_r1.recipe import Recipe
 
 STDOUT = "-"  # what --json is without a file
+# How safetensors says that the disk, or a quota, is full; and torch.save that it could not write.
+FULL_DISK = ("os error 28)", "os error 122)", "PytorchStreamWriter failed", "unexpected pos ")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,8 +133,8 @@ def _of_a_full_disk(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if any(said in str(error) for said in ("os error 28", "os error 122", "inline_container")):
-            return True  # safetensors; torch.save
+        if any(said in str(error) for said in FULL_DISK):
+            return True
         error = error.__cause__ or error.__context__
     return False
 

@@ -301,7 +301,9 @@ def last_complete_checkpoint(run_dir: Path) -> Path | None:
 
 def damage(checkpoint: Path) -> str | None:
     """What has happened to a complete checkpoint since it was written; None for nothing."""
-    for name, file in (_marker(checkpoint) or {})["files"].items():
+    marker = _marker(checkpoint)
+    assert marker is not None
+    for name, file in marker["files"].items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
@@ -357,7 +359,8 @@ def rewind(run_dir: Path, checkpoint: Path | None) -> None:
     Then the samples, TensorBoard's events and the scheduled evaluations end up as if the run had
     never been interrupted.
     """
-    growing = (_marker(checkpoint) or {})["growing"] if checkpoint else {}
+    marker = _marker(checkpoint) if checkpoint else None
+    growing = marker["growing"] if marker else {}
     for folder in GROWING_FOLDERS:
         for path in _files(run_dir / folder):
             size = growing.get(str(path.relative_to(run_dir)))
@@ -382,11 +385,12 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _marker(checkpoint: Path) -> dict[str, Any] | None:
-    """What the marker of a complete checkpoint says."""
+    """What the marker of a complete checkpoint says; None if it says nothing, or is not there."""
     try:
-        return json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        marker = _json(checkpoint / COMPLETE_MARKER)
+    except (OSError, InputError):
         return None
+    return marker if marker.keys() == {"files", "growing"} else None
 
 
 def _files(folder: Path) -> list[Path]:

@@ -134,6 +134,8 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     heldout_puzzles(split, recipe.task)
     start = Start(recipe)
     model_args, args, eval_every = _arguments(recipe)
+    keep, is_main = recipe.get("save_total_limit"), args.process_index == 0
+    (checkpoint,) = broadcast_object_list([checkpoint_to_resume(run_dir) if is_main else None])
     tokenizer = load_tokenizer(start.weights, recipe.get("model_revision"))
     dataset, too_long = prompt_dataset(
         split.train,
@@ -146,7 +148,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
 
     # The trainer, and the vLLM server it may want.
     server = None
-    if owns_server(recipe) and args.process_index == 0:
+    if owns_server(recipe) and is_main:
         server = _start_server(recipe, args, server_gpu)
     recorder = RolloutRecorder(run_dir / SAMPLES_FOLDER, recipe.task)
     start.write(args)
@@ -156,9 +158,6 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     check_finite(start.weights, next(filter(None, gather_object([wrong])), None))
 
     # The run folder: new, or as the last intact checkpoint left it.
-    keep = recipe.get("save_total_limit")
-    is_main = trainer.accelerator.is_main_process
-    (checkpoint,) = broadcast_object_list([checkpoint_to_resume(run_dir) if is_main else None])
     if is_main:
         data: DataRecord = {
             "sha256": split.hash,
@@ -196,12 +195,12 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
 
     # The loop, which is TRL's, and the end.
     summary = None
-    with suppress(StopRequested):
-        with live, pause, suppress(NothingLeft):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if server:
-            server.stop()
-        if not pause.paused:
+    with live, pause, suppress(NothingLeft, StopRequested):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if server:
+        server.stop()
+    if not pause.paused:
+        with suppress(StopRequested):
             summary = _finish(trainer, recipe, tokenizer, last, clock, start)
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if pause.paused and is_main:

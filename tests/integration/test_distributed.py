@@ -4,6 +4,7 @@ With the launch configs that users get.
 """
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -150,8 +151,8 @@ def test_a_nan_on_one_rank_ends_all_at_the_same_step(tmp_path, launcher):
     (line,) = errors  # by the main process, of the other one's fault
     assert "on_rank_1 returned, in step 2, nan for completion 2 of 16" in line
     assert "checkpoint-1 is the newest checkpoint" in line
-    ended = done.stderr.count("exitcode  : 1 ")  # torch's launcher counts them
-    assert ended == 2, done.stderr[-3000:]
+    # Both end by themselves; the launcher may hurry the one that is about to.
+    assert len(re.findall(r"exitcode  : (?:1|-15) ", done.stderr)) == 2, done.stderr[-3000:]
     batch = json.loads((tmp_path / "run" / "failed-batch.json").read_text())
     assert (batch["step"], batch["process"]) == (2, 1)
     assert not (tmp_path / "run" / "checkpoint-2").exists()

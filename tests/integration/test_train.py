@@ -173,6 +173,7 @@ def test_kill_9_loses_nothing(straight, tmp_path):
     assert results[0]["success"] == results[1]["success"]
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize(
     "lost",
     [
@@ -203,6 +204,7 @@ def test_what_follows_the_last_step_is_done_again_and_no_step_is(straight, tmp_p
         assert again[key] == before[key], key
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize(
     ("request_by", "code"),
     [("mini-r1 pause", 0), (signal.SIGUSR1, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
@@ -395,6 +397,7 @@ def newest(run_dir):
     return max(steps, default=None)
 
 
+@pytest.mark.minutes
 def test_a_learning_rate_far_too_high_ends_the_run_before_nan_is_saved(tmp_path):
     changes = {"save_steps": 1, "steps_per_generation": 2, "num_eval_puzzles": 2}
     again = ""
@@ -423,6 +426,7 @@ def test_weights_that_are_nan_from_the_start_are_refused(tmp_path):
     assert not (tmp_path / "run" / RECIPE_FILE).exists()
 
 
+@pytest.mark.minutes
 def test_why_nothing_is_learned_is_said_once_also_after_a_resume(own_task):
     changes = {
         "max_steps": 24,

@@ -294,8 +294,8 @@ def test_ctrl_c_is_one_line_with_the_command_and_exit_code_130(tmp_path):
 
 @pytest.mark.parametrize("is_launched", [False, True])
 def test_the_command_that_goes_on_shows_no_token(tmp_path, is_launched):
-    code = "import sys; from mini_r1.cli import exit_code\n" + (
-        "sys.exit(exit_code(lambda: exec('raise KeyboardInterrupt')))"
+    code = "import signal, sys; from mini_r1.cli import exit_code\n" + (
+        "sys.exit(exit_code(lambda: signal.raise_signal(signal.SIGINT)))"
     )
     launcher = (
         f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {code!r}]))"

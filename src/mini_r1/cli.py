@@ -298,24 +298,23 @@ def report(args: argparse.Namespace) -> None:
 def recipes(args: argparse.Namespace) -> None:
     from mini_r1.catalog import CARD, key_rows, markdown_table, recipe_cards, recipe_table
     from mini_r1.recipe import RECIPES
+    from mini_r1.stdio import outlive_readers
 
     if args.keys is not None:
         columns = ("key", "type = default: what it is")
         tables = [(f"{owner} keys", columns, rows) for owner, rows in key_rows(args.keys).items()]
     else:
         tables = [("recipes", ("recipe", *CARD), recipe_cards(RECIPES))]
-    try:
-        if sys.stdout.isatty():
-            for table in tables:
-                _show_table(*table)
-        elif args.keys is None:
-            print(recipe_table(RECIPES))
-        else:
-            for title, columns, rows in tables:
-                print(f"## {title}\n\n{markdown_table(columns, rows)}\n")
-        sys.stdout.flush()
-    except BrokenPipeError:  # `mini-r1 recipes --keys | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    outlive_readers()  # `mini-r1 recipes --keys | head`
+    if sys.stdout.isatty():
+        for table in tables:
+            _show_table(*table)
+    elif args.keys is None:
+        print(recipe_table(RECIPES))
+    else:
+        for title, columns, rows in tables:
+            print(f"## {title}\n\n{markdown_table(columns, rows)}\n")
+    sys.stdout.flush()
 
 
 def _show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,4 +1,4 @@
-"""What a training prints goes nowhere rather than ending it.
+"""What a command prints goes nowhere rather than ending it.
 
 Its reader may have gone (`| head`), its terminal may be closed, the disk of its log be full.
 """

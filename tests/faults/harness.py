@@ -148,6 +148,11 @@ def differences(one, other):
     return found
 
 
+def traces(codes, run_dir, left):
+    """In what a run that should have finished differs from an uninterrupted one, in words."""
+    return [f"exit codes {codes}"] if any(codes) else differences(outcome(run_dir), left)
+
+
 def _timeless(record):
     return {name: value for name, value in record.items() if name not in TIMES}
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from mini_r1.run import SUMMARY_FILE
-from tests.faults.harness import ROOT, arguments, clear, differences, outcome
+from tests.faults.harness import ROOT, arguments, clear, differences, outcome, traces
 
 RANDOM_KILLS = {1: 20, 2: 8}
 
@@ -26,17 +26,15 @@ def test_two_uninterrupted_runs_are_the_same(alone, saw):
 def test_a_kill_at_any_file_operation_leaves_no_trace(straight, saw):
     launcher, run_dir, left, operations = straight
     assert len(operations) > 60
-    traces = {}
+    differing = {}
     for number in range(len(operations)):
         clear(run_dir)
         assert -signal.SIGKILL in launcher.train(run_dir, kill_at=number), operations[number]
-        codes = launcher.train(run_dir)
-        found = [f"exit codes {codes}"] if any(codes) else differences(outcome(run_dir), left)
-        if found:
-            traces[f"{number} {operations[number]}"] = found
+        if found := traces(launcher.train(run_dir), run_dir, left):
+            differing[f"{number} {operations[number]}"] = found
     what = f"SIGKILL before a file operation, {launcher.said}"
-    saw(what, len(operations), f"{len(traces)} runs differ in the end")
-    assert traces == {}
+    saw(what, len(operations), f"{len(differing)} runs differ in the end")
+    assert differing == {}
 
 
 def test_kills_at_random_moments_leave_no_trace(straight, saw):
@@ -46,7 +44,7 @@ def test_kills_at_random_moments_leave_no_trace(straight, saw):
     clear(run_dir)
     assert launcher.train(run_dir) == [0] * launcher.processes
     whole = time.monotonic() - began
-    kills, runs, traces = 0, 0, []
+    kills, runs, differing = 0, 0, []
     while kills < RANDOM_KILLS[launcher.processes]:
         clear(run_dir)
         runs += 1
@@ -57,10 +55,10 @@ def test_kills_at_random_moments_leave_no_trace(straight, saw):
             codes = launcher.train(run_dir, kill_after=moment)
             kills += any(codes)
             assert set(codes) <= {0, -signal.SIGKILL}
-        traces += differences(outcome(run_dir), left)
+        differing += differences(outcome(run_dir), left)
     what = f"SIGKILL at random moments, {launcher.said}"
-    saw(what, f"{kills} in {runs} runs", f"{len(traces)} records differ in the end")
-    assert traces == []
+    saw(what, f"{kills} in {runs} runs", f"{len(differing)} records differ in the end")
+    assert differing == []
 
 
 @pytest.mark.parametrize("victim", ["launcher", "rank"])

@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from mini_r1.run import PAUSED_MARKER
-from tests.faults.harness import clear, differences, log_of, outcome
+from tests.faults.harness import clear, differences, log_of, outcome, traces
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 EVERY = 4  # of the file operations
@@ -18,7 +18,7 @@ def test_a_signal_at_any_file_operation_leaves_no_trace(straight, saw, number):
         pytest.skip("SIGTERM stands for all where two processes must agree")
     # Before the training listens, and after its last evaluation, it ends as it would.
     steps = range(operations.index("os.mkdir eval"), len(operations), EVERY)
-    paused, traces = 0, {}
+    paused, differing = 0, {}
     for at in steps:
         clear(run_dir)
         codes = launcher.train(run_dir, kill_at=at, kill_by=number)
@@ -28,12 +28,11 @@ def test_a_signal_at_any_file_operation_leaves_no_trace(straight, saw, number):
             assert "Traceback" not in log_of(run_dir)
             paused += (run_dir / PAUSED_MARKER).exists()
             codes = launcher.train(run_dir)
-        found = [f"exit codes {codes}"] if any(codes) else differences(outcome(run_dir), left)
-        if found:
-            traces[f"{at} {operations[at]}"] = found
+        if found := traces(codes, run_dir, left):
+            differing[f"{at} {operations[at]}"] = found
     what = f"{number.name} before a file operation, {launcher.said}"
-    saw(what, len(steps), f"{paused} saved and stopped; {len(traces)} runs differ in the end")
-    assert traces == {}
+    saw(what, len(steps), f"{paused} saved and stopped; {len(differing)} runs differ in the end")
+    assert differing == {}
     # Ctrl-C ends at once what can be done again.
     assert paused > (0 if number == signal.SIGINT else len(steps) / 3)
 

@@ -93,7 +93,7 @@ ENVIRONMENT = {
     "BLOB_SAS": "sv=1&sig=hidden",
     "JWT": "hidden",
     "COOKIE": "session=hidden",
-    "PIP_INDEX_URL": "https://me:hidden@pypi.example/simple",
+    "PIP_INDEX_URL": "https://me:hidden@index.example/simple",
     "VLLM_API_KEY": "hidden",
     "NVIDIA_API_KEY": "hidden",
     "MINI_R1_VLLM_KEY": "hidden",

@@ -39,6 +39,7 @@ ORDER = [
     "launch.guard",
     "launch.machine",
     "launch.memory",
+    "launch.network",
     "launch.plan",
     "launch.vllm_server",
     "launch.doctor",

@@ -1,6 +1,8 @@
 """With a real server in the hub's place, on this machine: it answers, refuses, or hangs."""
 
 import http.server
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -35,6 +37,55 @@ class Grumpy(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+FILES = ("config.json", "model.safetensors", "pytorch_model.bin", "README.md")
+
+
+class Small(Grumpy):
+    """Has one model, whose files say their name."""
+
+    def do_GET(self):
+        path, answer = self.path.partition("?")[0], {}
+        if path.startswith("/owner/model/resolve/"):
+            name = path.partition(COMMIT)[2].lstrip("/")
+            return self.send(name.encode(), {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT})
+        if path == "/api/models/owner/model/revision/main":
+            answer = {"id": "owner/model", "sha": COMMIT}
+        elif path.endswith(f"/tree/{COMMIT}"):
+            answer = [{"type": "file", "path": n, "size": len(n), "oid": n} for n in FILES]
+        return self.send(json.dumps(answer).encode())
+
+    do_HEAD = do_GET
+
+    def send(self, content, headers=()):
+        self.send_response(200)
+        for header in {"Content-Length": str(len(content)), **dict(headers)}.items():
+            self.send_header(*header)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+
+def test_the_weights_are_fetched_and_nothing_that_is_not_read(tmp_path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Small) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        elsewhere = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+        env = {**os.environ, **elsewhere, "HF_HOME": str(tmp_path)}
+        command = [sys.executable, "-m", "mini_r1.hub", "owner/model", "main"]
+        subprocess.run(command, env=env, check=True, timeout=30)
+        server.shutdown()
+    snapshot = tmp_path / "hub" / "models--owner--model" / "snapshots" / COMMIT
+    assert {path.name for path in snapshot.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_what_the_hub_does_not_give_is_told(online):
+    with http.server.HTTPServer(("127.0.0.1", 0), Grumpy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        online(f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(InputError, match="'owner/model' cannot be downloaded"):
+            hub.fetch("owner/model", "main")
+        server.shutdown()
 
 
 def test_an_answer_is_an_answer_whatever_it_says(online):

@@ -6,6 +6,7 @@ import logging
 import re
 import subprocess
 import sys
+import threading
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import (
     TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation import vllm_client
 from trl.generation.vllm_client import VLLMClient
 
 from mini_r1 import quirks
@@ -148,6 +150,33 @@ def test_trls_client_cannot_be_told_of_a_key(monkeypatch):
         request = requests.Request("GET", url).prepare()
         requests.adapters.HTTPAdapter().add_headers(request, timeout=1)
         assert request.headers == brought
+
+
+def test_trl_looks_at_the_answer_of_a_worker_once_all_is_sent(monkeypatch):
+    class Refused(Exception):
+        pass
+
+    def post(client, url, **options):
+        if url.endswith("/update_weights"):
+            raise Refused("500")
+
+    told = threading.Event()
+    sent = []
+
+    def broadcast(**options):  # in NCCL's place, which needs a GPU: waits for the worker
+        sent.append(told.wait(0.3))
+
+    monkeypatch.setattr(VLLMClient, "_post", post)
+    monkeypatch.setattr(vllm_client, "_HAS_STATEFUL_TRAINER_ENGINE", True)
+    monkeypatch.setattr(vllm_client, "packed_nccl_broadcast_producer", broadcast, raising=False)
+    client = VLLMClient.__new__(VLLMClient)
+    client.base_url, client.communicator, client._updating_weights = "http://x", None, False
+    for watched in (False, True):
+        if watched:
+            quirks.watch_transfer(lambda error: told.set())
+        with pytest.raises(Refused):
+            client.update_named_params([("weight", "float32", [1])], iter([]))
+    assert sent == [False, True]
 
 
 def test_trl_shows_all_of_a_completion_that_nothing_scored_in_every_step(trainer, caplog):

@@ -5,6 +5,7 @@ two minutes for a model that lies in the cache. So this is decided once per proc
 is loaded: `require`.
 """
 
+import sys
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -112,6 +113,30 @@ def require(name: str, kind: Kind = "model", revision: str | None = None) -> Non
         )
 
 
+def fetch(name: str, revision: str | None = None) -> None:
+    """Have the weights of a model of the hub in the cache, however long the download takes.
+
+    For vLLM, which does not say whether it is still downloading.
+
+    Raises:
+        InputError: they cannot be had.
+    """
+    require(name, "model", revision)
+    import httpx
+    from huggingface_hub import constants, snapshot_download
+
+    if constants.is_offline_mode():
+        return
+    try:  # what vLLM would, and of a model in several files the list
+        snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json"])
+    except (httpx.HTTPError, OSError) as error:
+        raise InputError(
+            f"'{name}' cannot be downloaded ({one_line(error, 200)}); the same command goes on "
+            "with what has come",
+            key=KEYS["model"],
+        ) from error
+
+
 def refusal(name: str, kind: Kind = "model", revision: str | None = None) -> InputError | None:
     """Why a model or data set can be had neither from the cache nor from the hub; None if it can.
 
@@ -138,3 +163,10 @@ def refusal(name: str, kind: Kind = "model", revision: str | None = None) -> Inp
     except httpx.HTTPError:
         return None  # it has just answered: the download itself may be more patient
     return None
+
+
+if __name__ == "__main__":
+    try:
+        fetch(*sys.argv[1:])
+    except InputError as problem:
+        sys.exit(f"error: {problem}")

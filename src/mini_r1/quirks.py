@@ -90,6 +90,34 @@ def show_key(address: str, header: Mapping[str, str]) -> None:
     HTTPAdapter.add_headers = add_headers
 
 
+def watch_transfer(failed: Callable[[Exception], None]) -> None:
+    """Call `failed` at once when the vLLM server could not take weights that this process sends.
+
+    TRL 1.16 asks the server in a thread, and looks at its answer once everything is sent: never, if
+    a worker has failed, since NCCL waits for the worker. And it asks again after an error, to which
+    the server says something else.
+    """
+    from copy import copy
+
+    import requests
+    from trl.generation.vllm_client import VLLMClient
+
+    post = VLLMClient._post
+
+    def watched(self: VLLMClient, url: str, **options: Any) -> dict:
+        if not url.endswith(("/init_weight_transfer_engine", "/update_weights")):
+            return post(self, url, **options)
+        asks_once = copy(self)
+        asks_once.session = requests.Session()
+        try:
+            return post(asks_once, url, **options)
+        except Exception as error:
+            failed(error)
+            raise
+
+    VLLMClient._post = watched
+
+
 def upload_only(patterns: Sequence[str]) -> None:
     """Have a Trainer upload those files of a run folder, and nothing else.
 

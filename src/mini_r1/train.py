@@ -63,8 +63,9 @@ from mini_r1.evaluate import (
 from mini_r1.health import FiniteNumbers, LearningSignal, end_all
 from mini_r1.launch.guard import key_header
 from mini_r1.launch.machine import is_main_process
-from mini_r1.launch.plan import SERVER_HOST, owns_server, server_address
-from mini_r1.launch.vllm_server import VLLMServer, check_key
+from mini_r1.launch.network import LOOPBACK
+from mini_r1.launch.plan import owns_server, server_address
+from mini_r1.launch.vllm_server import FAILED_TO_TAKE, VLLMServer, check_key, end_now
 from mini_r1.live import LiveView
 from mini_r1.manifest import DataRecord, build_manifest
 from mini_r1.model import (
@@ -308,9 +309,10 @@ def _start_server(recipe: Recipe, args: GRPOConfig, gpu: str | None) -> VLLMServ
     print(f"starting vLLM on {place}; its log is {server.log}", flush=True)
     server.start()
     server.watch()
+    quirks.watch_transfer(server.refused)
     args.vllm_server_base_url, args.vllm_group_port = server.url, server.group_port
     # Where TRL waits for the server to join the transfer of weights.
-    os.environ["VLLM_HOST_IP"] = SERVER_HOST
+    os.environ["VLLM_HOST_IP"] = LOOPBACK
     return server
 
 
@@ -340,6 +342,9 @@ def _build_trainer(
     if address := args.vllm_server_base_url or server_address(recipe):
         check_key(address)
         quirks.show_key(address, key_header())
+    if given := server_address(recipe):
+        why = f"the vLLM server at {given} {FAILED_TO_TAKE}; its log says more"
+        quirks.watch_transfer(lambda error: end_now(f"{why} ({one_line(error, 300)})"))
     quirks.make_logged_completions_visible()
     name = recipe.model["model_name_or_path"]
     try:

@@ -184,6 +184,18 @@ def test_kill_9_of_the_trainer_leaves_no_server(training):
     wait_for(lambda: not training.servers(), 10)
 
 
+def test_a_worker_that_fails_to_take_the_weights_ends_the_run(tmp_path):
+    words = command(tmp_path / "run", "--failing-worker", vllm_mode="server")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=400, env=environment())
+    assert done.returncode == 1
+    message = done.stderr[
+        done.stderr.index("error: the vLLM server could not take the weights (") :
+    ]
+    assert "the last lines of" in message
+    assert "NCCL weight transfer not initialized" in message
+    assert not any(str(tmp_path) in arguments for arguments in processes_with("args"))
+
+
 def test_a_finished_run_ends_its_server(tmp_path):
     done = train(tmp_path / "run", vllm_mode="server")
     assert "starting vLLM on the CPU; its log is" in done.stdout

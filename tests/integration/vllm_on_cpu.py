@@ -9,12 +9,16 @@ without a GPU:
   server keeps its first weights. `--stale-weights` cuts the sending of colocated mode, too, to show
   that the alarm for stale weights works.
 
+`--failing-worker` leaves TRL's call that sends the weights, and has only NCCL wait for ever: the
+server was not told where to fetch them, so its worker fails.
+
 `--keep-engine` leaves out `quirks.end_colocated_vllm`, to show what it is for.
 """
 
 import os
 import runpy
 import sys
+import threading
 from pathlib import Path
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1"}
@@ -26,13 +30,18 @@ if __name__ == "__main__":
     vllm._custom_ops._supports_onednn = False
     vllm.model_executor.layers.utils.check_cpu_sgl_kernel = lambda n, k, dtype: False
 
+    from trl.generation import vllm_client
     from trl.generation.vllm_client import VLLMClient
     from trl.generation.vllm_generation import VLLMGeneration
 
     from mini_r1 import quirks
 
     VLLMClient.init_communicator = lambda self, device=0: None
-    VLLMClient.update_named_params = lambda self, metadata, params: [None for _ in params]
+    if "--failing-worker" in sys.argv:
+        sys.argv.remove("--failing-worker")
+        vllm_client.packed_nccl_broadcast_producer = lambda **options: threading.Event().wait()
+    else:
+        VLLMClient.update_named_params = lambda self, metadata, params: [None for _ in params]
     if "--stale-weights" in sys.argv:
         sys.argv.remove("--stale-weights")
         VLLMGeneration.sync_weights = lambda self, *args, **kwargs: None

@@ -29,10 +29,34 @@ def test_the_original_run():
     assert "3 processes on GPUs 0-2" in text
     assert "a vLLM server on GPU 3" in text
     assert "192 completions per optimizer step, 24 prompts x 8" in text
-    server = "CUDA_VISIBLE_DEVICES=3 python -m vllm.entrypoints.openai.api_server"
+    server = "CUDA_VISIBLE_DEVICES=3 python -m vllm.entrypoints.launchers.api_server.entry"
     assert f"{server} --model Qwen/Qwen2.5-3B-Instruct" in text
     same = "groups whose 8 completions all fail or all succeed teach nothing"
     assert f"{same}: 66% at 5%, 10% at 25%, 1% at 50%" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ([], "bfloat16"),
+        (["--dtype", "float32"], "bfloat16"),
+        (["--dtype", "float32", "--bf16", "false", "--fp16", "true"], "float16"),
+        (["--dtype", "float32", "--bf16", "false"], "float32"),
+    ],
+)
+def test_the_server_generates_in_the_precision_that_the_training_computes_in(changes, dtype):
+    command = plan.server_command(load_recipe(ORIGINAL, changes), 8000)
+    assert command[command.index("--dtype") + 1] == dtype
+
+
+def test_the_server_of_an_adapter_loads_its_base_and_not_the_revision_of_the_adapter(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    adapter = ["--model_name_or_path", str(tmp_path), "--model_revision", "v2"]
+    recipe = load_recipe(ORIGINAL, adapter)
+    assert plan.served_model(recipe) == ("owner/base", None)
+    assert plan.to_download(recipe) == ["owner/base"]
+    assert plan.to_download(load_recipe(ORIGINAL)) == ["Qwen/Qwen2.5-3B-Instruct", "main"]
+    assert plan.to_download(load_recipe(TINY)) == []
 
 
 def test_the_batch_of_the_published_run_on_eight_gpus():

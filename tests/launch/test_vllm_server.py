@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mini_r1 import InputError
 from mini_r1.launch import vllm_server
 from mini_r1.launch.guard import KEY
 from mini_r1.launch.vllm_server import ServerDied, VLLMServer, take_last_gpu
@@ -19,6 +20,31 @@ STUBBORN = (
     "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
     "child = subprocess.Popen(['sleep', '600']); print(child.pid, flush=True); time.sleep(600)"
 )
+
+
+# A training whose server answers once and then no more, though it lives on.
+HANGS = """
+import http.server, sys, time
+class Once(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+with http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Once) as server:
+    server.handle_request()
+print("last words", flush=True)
+time.sleep(600)
+"""
+TRAINING = f"""
+import sys, time
+from mini_r1.launch import vllm_server
+from mini_r1.recipe import load_recipe
+vllm_server.HEALTH_INTERVAL, vllm_server.HEALTH_FAILURES = 0.1, 3
+server = vllm_server.VLLMServer(load_recipe(sys.argv[1], ["--output_dir", sys.argv[2]]), None)
+server._command = [sys.executable, "-c", {HANGS!r}, server.url.rpartition(":")[2]]
+server.start()
+server.watch()
+time.sleep(600)  # as in a collective
+"""
 
 
 def start_keeper(tmp_path, *command):
@@ -80,6 +106,27 @@ def test_a_server_that_does_not_start_is_reported_with_its_log(tmp_path):
     obituary = r"ended before it was ready; the last lines of .*vllm.log:\n"
     with pytest.raises(ServerDied, match=obituary):
         server.start()
+
+
+def test_a_model_that_cannot_be_had_is_told_before_the_server_starts(tmp_path):
+    recipe = load_recipe(
+        TINY, ["--model_name_or_path", "owner/none", "--output_dir", str(tmp_path)]
+    )
+    server = VLLMServer(recipe, None)
+    with pytest.raises(InputError, match="'owner/none' is not in the cache and the hub cannot"):
+        server.start()
+    assert not server.log.exists()
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_ends_the_run_with_its_last_words(tmp_path):
+    command = [sys.executable, "-c", TRAINING, str(TINY), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    log = tmp_path / "logs" / "vllm.log"
+    lost = "error: the vLLM server does not answer any more; the last lines of"
+    assert done.stderr.startswith(f"{lost} {log}:\n")
+    assert done.stderr.endswith("\n  last words\n")
 
 
 def test_no_module_of_the_current_folder_stands_in_for_a_library(tmp_path, monkeypatch):

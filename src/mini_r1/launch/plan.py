@@ -25,14 +25,20 @@ from typing import Any
 from mini_r1 import BAD_INPUT, SIGNALLED, InputError, Interrupted, RunFailed
 from mini_r1.launch.guard import MIDDLEWARE
 from mini_r1.launch.machine import Machine, visible_gpus
-from mini_r1.launch.memory import checkpoint_bytes, estimate_memory, has_16_bit_weights, peak
-from mini_r1.model import model_path, whole_model
+from mini_r1.launch.memory import (
+    checkpoint_bytes,
+    computes_in_16_bit,
+    estimate_memory,
+    has_16_bit_weights,
+    peak,
+)
+from mini_r1.launch.network import LOOPBACK
+from mini_r1.model import is_local, model_path, whole_model
 from mini_r1.recipe import ROOT, Recipe
 from mini_r1.run import weights_of
 
 LAUNCH_CONFIGS = Path("configs/accelerate_configs")
 TRAINING_SCRIPT = Path("scripts/run_r1_grpo.py")
-SERVER_HOST = "127.0.0.1"
 SERVER_MEMORY_UTILIZATION = 0.9  # of a GPU that the server has for itself
 ONE_GPU_RECIPE = "recipes/grpo-qwen-2.5-3b-1gpu.yaml"
 
@@ -289,28 +295,52 @@ def server_address(recipe: Recipe) -> str | None:
     return f"http://{host}:{recipe.get('vllm_server_port')}" if host else None
 
 
+def served_model(recipe: Recipe) -> tuple[str, str | None]:
+    """The model that a recipe's vLLM server loads, a folder or an id of the hub, and its revision.
+
+    Of an adapter its base: TRL sends the merged weights before the first completion.
+    """
+    name = weights_of(recipe.model["model_name_or_path"])
+    whole, revision = whole_model(name), recipe.model.get("model_revision")
+    return model_path(whole), revision if whole == name else None
+
+
+def to_download(recipe: Recipe) -> list[str]:
+    """The arguments of `hub.fetch` for the model of the server; none if it lies in a folder."""
+    name, revision = served_model(recipe)
+    if is_local(name) or Path(name).is_dir():
+        return []
+    return [name, revision] if revision else [name]
+
+
 def server_command(
-    recipe: Recipe, port: int | str, host: str = SERVER_HOST, replicas: int = 1
+    recipe: Recipe, port: int | str, host: str = LOOPBACK, replicas: int = 1
 ) -> list[str]:
     """The vLLM server that a recipe needs, as arguments of a Python interpreter.
 
-    It is the module that `vllm serve` runs; the command itself is missing from the CPU builds. It
-    answers only to who brings the key of its environment: guard.py.
+    It is the module that served when vLLM 0.31 renamed `vllm.entrypoints.openai.api_server`. The
+    command `vllm serve` has the same options, but does not run with the CPU builds, and for several
+    replicas starts as many front ends. It answers only to who brings the key of its environment:
+    guard.py.
 
     Args:
         replicas: GPUs, each with the whole model.
     """
+    model, revision = served_model(recipe)
     completion = recipe.get("max_completion_length")
     utilization = recipe.training.get("vllm_gpu_memory_utilization", SERVER_MEMORY_UTILIZATION)
+    # That of the training's computing, also where its weights are kept in 32 bit.
+    dtype = "float16" if recipe.get("fp16") else recipe.get("dtype")
+    if computes_in_16_bit(recipe) and not recipe.get("fp16"):
+        dtype = "bfloat16"
     options = {
-        # Of an adapter its base: TRL sends the merged weights before the first completion.
-        "model": model_path(whole_model(weights_of(recipe.model["model_name_or_path"]))),
-        "revision": recipe.model.get("model_revision"),
+        "model": model,
+        "revision": revision,
         "host": host,
         "port": port,
         "max-model-len": recipe.get("vllm_max_model_length")
         or recipe.task.max_prompt_length + completion,
-        "dtype": recipe.get("dtype"),
+        "dtype": dtype,
         "gpu-memory-utilization": utilization,
         "seed": recipe.get("seed"),
         "data-parallel-size": replicas if replicas > 1 else None,
@@ -320,7 +350,7 @@ def server_command(
         "max-logprobs": -1,
         "middleware": MIDDLEWARE,
     }
-    command = ["-m", "vllm.entrypoints.openai.api_server"]
+    command = ["-m", "vllm.entrypoints.launchers.api_server.entry"]
     for name, value in options.items():
         command += [f"--{name}", str(value)] if value is not None else []
     return [*command, "--disable-uvicorn-access-log"]

@@ -12,7 +12,6 @@ import contextlib
 import os
 import selectors
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,17 +19,24 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import NoReturn
 
-from mini_r1 import InputError, RunFailed
+from mini_r1 import InputError, RunFailed, hub, one_line
 from mini_r1.launch.guard import KEY, draw_key, key_header
 from mini_r1.launch.machine import visible_gpus
-from mini_r1.launch.plan import SERVER_HOST, server_command
+from mini_r1.launch.network import LOOPBACK, reserve_port
+from mini_r1.launch.plan import server_command, to_download
 from mini_r1.recipe import Recipe
 from mini_r1.run import LOGS_FOLDER
 
 READY_TIMEOUT = 600.0  # seconds; a 7B model from a slow disk, with CUDA graphs, takes minutes
+HEALTH_INTERVAL = 5.0  # seconds between two looks at a server that was ready
+# Looks without an answer until it counts as lost, each of up to 5 more seconds: a batch of long
+# completions may keep it from answering for a while.
+HEALTH_FAILURES = 24
 STOP_TIMEOUT = 5.0  # seconds from SIGTERM to SIGKILL
 POLL_INTERVAL = 0.5  # seconds
+LOST, FAILED_TO_TAKE = "does not answer any more", "could not take the weights"
 LOG_TAIL = 20  # lines to show of a server that died
 # How the variables start that a launcher sets for the training processes; vLLM would take them
 # for its own.
@@ -73,8 +79,9 @@ class VLLMServer:
     """
 
     def __init__(self, recipe: Recipe, gpu: str | None):
-        port = _free_port()
-        self.url, self.group_port = f"http://{SERVER_HOST}:{port}", _free_port()
+        port = reserve_port()
+        self.url, self.group_port = f"http://{LOOPBACK}:{port}", reserve_port()
+        self._to_download = to_download(recipe)
         self.log = recipe.run_dir / LOGS_FOLDER / "vllm.log"
         # -P: modules of the current folder must not stand in for libraries.
         self._command = [sys.executable, "-P", *server_command(recipe, port)]
@@ -83,7 +90,7 @@ class VLLMServer:
             for key, value in os.environ.items()
             if not key.startswith(LAUNCHER_VARIABLES)
         }
-        self._env |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": SERVER_HOST, KEY: draw_key()}
+        self._env |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": LOOPBACK, KEY: draw_key()}
         if gpu is not None:
             self._env["CUDA_VISIBLE_DEVICES"] = gpu
         self._keeper: subprocess.Popen | None = None
@@ -93,8 +100,11 @@ class VLLMServer:
         """Start the server and return once it answers.
 
         Raises:
+            InputError: its model cannot be downloaded.
             ServerDied: it ended, or did not answer within READY_TIMEOUT.
         """
+        if self._to_download:
+            hub.fetch(*self._to_download)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         keeper = [sys.executable, "-P", "-m", "mini_r1.launch.vllm_server"]
         keeper += [str(self.log), *self._command]
@@ -113,10 +123,15 @@ class VLLMServer:
     def watch(self) -> None:
         """From now on end this process, with exit code 1 and the log's tail, should the server die.
 
-        Waiting for the next request to fail would take TRL's client a minute, and the other ranks'
-        collectives half an hour.
+        Or hang. Waiting for the next request to fail would take TRL's client a minute, and the
+        other ranks' collectives half an hour.
         """
         threading.Thread(target=self._watch, args=(self._keeper,), daemon=True).start()
+
+    def refused(self, error: Exception) -> None:
+        """The same at once, since the server could not take weights that this process sends."""
+        if not self._stopping.is_set():
+            end_now(self._obituary(f"{FAILED_TO_TAKE} ({one_line(error, 300)})"))
 
     def stop(self) -> None:
         """End the server, and return when it is gone."""
@@ -127,10 +142,13 @@ class VLLMServer:
             self._keeper.wait()
 
     def _watch(self, keeper: subprocess.Popen) -> None:
-        keeper.wait()
+        pulse = Pulse(self.url)
+        while keeper.poll() is None:
+            if pulse.is_lost():
+                break
+            time.sleep(POLL_INTERVAL)
         if not self._stopping.is_set():
-            print(f"error: {self._obituary('died')}", file=sys.stderr, flush=True)
-            os._exit(1)
+            end_now(self._obituary("died" if keeper.poll() is not None else LOST))
 
     def _obituary(self, what: str) -> str:
         lines = (
@@ -144,6 +162,26 @@ class VLLMServer:
                 *(f"  {line}" for line in lines[-LOG_TAIL:]),
             ]
         )
+
+
+def end_now(problem: str) -> NoReturn:
+    """End this process and say why, from any thread of it, also while it waits for NCCL."""
+    print(f"error: {problem}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+class Pulse:
+    """Tells when a server that was ready has not answered for minutes."""
+
+    def __init__(self, url: str):
+        self._url, self._failures, self._next = url, 0, 0.0
+
+    def is_lost(self) -> bool:
+        """To be asked often; it looks now and then."""
+        if time.monotonic() >= self._next:
+            self._failures = 0 if answers(self._url) else self._failures + 1
+            self._next = time.monotonic() + HEALTH_INTERVAL
+        return self._failures >= HEALTH_FAILURES
 
 
 def answers(url: str) -> bool:
@@ -174,12 +212,6 @@ def _health(url: str) -> int | None:
         return error.code
     except (urllib.error.URLError, OSError):
         return None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((SERVER_HOST, 0))
-        return probe.getsockname()[1]
 
 
 def keep(log: Path, command: list[str]) -> int:

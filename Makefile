@@ -31,9 +31,9 @@ test-all: setup .venv-vllm/installed  ## and the rest: several processes, all do
 	$(BIN)/python tests/integration/get_smollm2.py
 	$(BIN)/python -m pytest --all --ignore tests/slurm --ignore tests/faults
 
-test-slurm: setup  ## jobs on a two-node SLURM cluster that it starts here and ends (installs SLURM and munge with apt where missing)
-	command -v slurmctld munged >/dev/null || PATH=$$PATH:/usr/sbin command -v slurmctld munged >/dev/null || \
-	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge; }
+test-slurm: setup  ## jobs on SLURM clusters that it starts here and ends (installs SLURM and munge with apt where missing)
+	PATH=$$PATH:/usr/sbin:/sbin sh -c 'command -v slurmctld && command -v munged && command -v ip' >/dev/null || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge iproute2; }
 	$(BIN)/python -m pytest tests/slurm
 
 test-faults: setup  ## runs that are killed, signalled and damaged, then seeded defects (ARGS=--write puts the figures into docs/reliability.md)

@@ -47,10 +47,10 @@ def test_adapters_are_copied_to_all_nodes():
 
 def test_the_rank_of_a_node_is_read_on_the_node():
     # Expanded in the batch shell it would be 0 everywhere.
-    line = planned(EIGHT, 3, GPUS).train_command(["a", "b"], 20_000, [], Path("/logs with spaces"))
+    line = planned(EIGHT, 3, GPUS).train_command("10.0.0.1", 20_000, [], Path("/logs with spaces"))
     assert '--machine_rank "$SLURM_PROCID"' in line
     assert "'/logs with spaces'/node\"$SLURM_PROCID\"" in line
-    assert "--main_process_ip a " in line
+    assert "--main_process_ip 10.0.0.1 " in line
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,40 @@ def test_an_array_element_is_requeued_alone(monkeypatch, tmp_path):
     job = Job(recipe, env | {"SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "3"})
     assert job.requeue_id == "10_3"
     assert job.logs.name == "12.2"
+
+
+ONE_NODE = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "node1", "SLURM_GPUS_ON_NODE": "8"}
+
+
+@pytest.mark.parametrize(
+    ("cpus", "limits", "warnings"),
+    [
+        (32, {}, []),
+        (32, {"SLURM_MEM_PER_NODE": str(200 * 1024)}, []),
+        (
+            1,
+            {},
+            [
+                "1 CPU for 7 training processes on a node; give sbatch --cpus-per-gpu=4, or "
+                "--exclusive"
+            ],
+        ),
+        (
+            32,
+            {"SLURM_MEM_PER_CPU": "1000", "SLURM_CPUS_ON_NODE": "32"},
+            [
+                "31 GiB for 7 training processes on a node, which may take 54 while the model is "
+                "loaded; give sbatch --mem=54G or more; --mem=0 is all there is"
+            ],
+        ),
+    ],
+)
+def test_too_few_cpus_and_too_little_memory_are_told(monkeypatch, tmp_path, cpus, limits, warnings):
+    monkeypatch.setattr(slurm, "_output", lambda *command: "node1\n")
+    monkeypatch.setattr(slurm.os, "sched_getaffinity", lambda process: {*range(cpus)})
+    recipe = load_recipe(EIGHT, ["--output_dir", str(tmp_path)])
+    job = Job(recipe, ONE_NODE | limits)
+    assert [*job.shortages(plan_job(recipe, 1, GPUS))] == warnings
 
 
 # What a user's environment holds: each value has "hidden" where nobody may see it.
@@ -180,4 +214,5 @@ def test_a_dry_run_shows_the_job(capsys):
     printed = capsys.readouterr().out
     assert "2 to train, 8 processes on each, 1 more for vLLM, the last" in printed
     script = "scripts/slurm/train.sbatch recipes/grpo-qwen-2.5-3b-8gpu.yaml"
-    assert f"sbatch --nodes=3 --gpus-per-node=8 --time=1:00:00 {script}" in printed
+    sizes = "--nodes=3 --gpus-per-node=8 --cpus-per-gpu=4 --time=1:00:00"
+    assert f"sbatch {sizes} {script}" in printed

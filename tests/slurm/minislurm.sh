@@ -3,19 +3,31 @@
 # systemd, no root-owned paths
 #   NODES=2 CPUS=8 GPUS=4 AUTH=munge|none  PORT=17000
 #   NS=0|1 (own hostname + /etc/hosts per node; non-root needs user namespaces)
-# After `up`: . DIR/env      (exports SLURM_CONF)
+#   NS=net (and a network of its own per node, as root: joined by a switch at which the controller
+#   is, without a default route; each node has a second network that leads nowhere, finds its own
+#   name at 127.0.1.1, as on Debian, and knows no other name. Exit code 3 and the reason where the
+#   machine refuses it.)
+# After `up`: . DIR/env      (exports SLURM_CONF); with NS=net commands go through DIR/enter
 set -euo pipefail
 cmd=${1:?up|down|status}; D=$(realpath -m "${2:?dir}")
 NODES=${NODES:-2} CPUS=${CPUS:-8} GPUS=${GPUS:-4} AUTH=${AUTH:-munge} PORT=${PORT:-17000}
 NS=${NS:-0} ME=$(id -un)
 PATH=$PATH:/usr/sbin:/sbin
+if [ "$NS" = net ] && [ "$cmd" = up ] && [ -z "${IN_SWITCH:-}" ]; then
+  refused=$(unshare --net bash -c 'ip link add br0 type bridge && ip link add ve0 type veth' 2>&1) || {
+    echo "no network namespaces with bridges and veth pairs here: $refused" >&2; exit 3; }
+  IN_SWITCH=1 exec unshare --net "$0" "$@"
+fi
+in_switch() { if [ -x "$D/enter" ]; then "$D/enter" "$@"; else "$@"; fi; }
 stop() {  # pid files only: never kill by name
   local f p
   if [ -s "$D/run/slurmctld.pid" ] && kill -0 "$(cat "$D/run/slurmctld.pid")" 2>/dev/null; then
     # Drain jobs first: a stopped slurmd leaves its slurmstepd and tasks behind.
     export SLURM_CONF=$D/slurm.conf
-    timeout 5 scancel -u "$ME" 2>/dev/null || true
-    for _ in $(seq 100); do [ -z "$(timeout 5 squeue -h 2>/dev/null)" ] && break; sleep 0.1; done
+    in_switch timeout 5 scancel -u "$ME" 2>/dev/null || true
+    for _ in $(seq 100); do
+      [ -z "$(in_switch timeout 5 squeue -h 2>/dev/null)" ] && break; sleep 0.1
+    done
   fi
   for f in "$D"/run/slurmd.*.pid "$D"/run/slurmctld.pid "$D"/run/munged.pid; do
     [ -s "$f" ] || continue; p=$(cat "$f"); kill "$p" 2>/dev/null || true
@@ -43,9 +55,14 @@ preempt=SlurmctldParameters=preempt_send_user_signal
 [ "$V" -lt 24 ] || preempt=PreemptParameters=send_user_signal
 for ((i=0;i<GPUS;i++)); do ln -sfn /dev/null "$D/dev/fakegpu$i"; done
 gres=""; [ "$GPUS" -gt 0 ] && gres="Gres=gpu:$GPUS"
+# Every node has a port of its own, or an address of its own.
+controller=localhost nodes="NodeHostname=localhost Port=[$((PORT+1))-$((PORT+NODES))]"
+if [ "$NS" = net ]; then
+  controller="controller(10.213.0.254)" nodes="NodeAddr=10.213.0.[1-$NODES] Port=$((PORT+1))"
+fi
 cat > "$D/slurm.conf" <<CONF
 ClusterName=mini
-SlurmctldHost=localhost
+SlurmctldHost=$controller
 SlurmctldPort=$((PORT-1))
 $auth
 SlurmUser=$ME
@@ -77,8 +94,7 @@ JobRequeue=1
 JobCompType=jobcomp/filetxt
 JobCompLoc=$D/log/jobcomp.log
 GresTypes=gpu
-NodeName=node[1-$NODES] NodeHostname=localhost Port=[$((PORT+1))-$((PORT+NODES))] \
-CPUs=$CPUS RealMemory=16000 $gres State=UNKNOWN
+NodeName=node[1-$NODES] $nodes CPUs=$CPUS RealMemory=16000 $gres State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10
 PartitionName=low  Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=5
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
@@ -91,10 +107,30 @@ CONF
 rm -f "$D/cgroup.conf"; [ "$V" -lt 24 ] || echo "CgroupPlugin=disabled" > "$D/cgroup.conf"
 echo "export SLURM_CONF=$D/slurm.conf" > "$D/env"
 export SLURM_CONF=$D/slurm.conf
-slurmctld -c
+if [ "$NS" = net ]; then
+  ip link set lo up; ip link add switch type bridge; ip link set switch up
+  ip addr add 10.213.0.254/24 dev switch
+  unshare --uts bash -c "hostname controller; exec slurmctld -c"
+  for _ in $(seq 50); do [ -s "$D/run/slurmctld.pid" ] && break; sleep 0.1; done
+  printf '#!/bin/sh\nexec nsenter --net=/proc/%s/ns/net -- "$@"\n' \
+    "$(cat "$D/run/slurmctld.pid")" > "$D/enter"; chmod +x "$D/enter"
+else slurmctld -c
+fi
 for ((i=1;i<=NODES;i++)); do
   mkdir -p "$D/spool.node$i"
-  if [ "$NS" = 1 ]; then
+  if [ "$NS" = net ]; then
+    printf '127.0.0.1 localhost\n127.0.1.1 node%s\n' "$i" > "$D/hosts.node$i"
+    unshare --net --uts --mount bash -c "
+      until ip link show cable >/dev/null 2>&1; do sleep 0.05; done
+      hostname node$i; mount --bind '$D/hosts.node$i' /etc/hosts; ip link set lo up
+      ip link add docker0 type bridge; ip addr add 172.17.0.1/16 dev docker0
+      ip link set docker0 up; ip addr add 10.213.0.$i/24 dev cable; ip link set cable up
+      exec slurmd -N node$i" &
+    node=$!
+    until [ "$(readlink /proc/$node/ns/net)" != "$(readlink /proc/$$/ns/net)" ]; do sleep 0.05; done
+    ip link add "port$i" type veth peer name cable netns "$node"
+    ip link set "port$i" master switch up
+  elif [ "$NS" = 1 ]; then
     { cat /etc/hosts; for ((j=1;j<=NODES;j++)); do echo "127.0.0.1 node$j"; done; } > "$D/hosts"
     NSU=""; [ "$(id -u)" = 0 ] || NSU="--map-current-user --keep-caps"
     unshare $NSU --uts --mount bash -c \

@@ -47,6 +47,7 @@ ORDER = [
     "health",
     "live",
     "start",
+    "generators",
     "evaluate",
     "play",
     "report.chart",

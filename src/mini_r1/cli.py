@@ -227,6 +227,7 @@ def evaluate(args: argparse.Namespace) -> None:
         num_samples=args.num_samples,
         temperature=args.temperature,
         seed=args.seed,
+        vllm=args.vllm,
     )
     if file:
         write_json(file, result)
@@ -464,6 +465,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--temperature", type=float, help="sampling temperature (default: the recipe's)"
+    )
+    command.add_argument(
+        "--vllm", action="store_true", help="generate with vLLM, which is much faster on a GPU"
     )
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     command.add_argument(

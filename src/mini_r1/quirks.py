@@ -8,7 +8,8 @@ goes. Imports are late, since most of these libraries are slow to import.
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,6 +72,30 @@ def end_colocated_vllm(trainer: "GRPOTrainer") -> None:
     generation = getattr(trainer, "vllm_generation", None)
     if generation is not None and generation.mode == "colocate":
         generation.llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def vllm_with_current_weights(trainer: "GRPOTrainer") -> Generator[Any]:
+    """The vLLM of a training, awake, with the weights as they are now; all processes must call it.
+
+    TRL 1.16 sends the weights and wakes colocated engines amid its own sampling only. What it
+    notes about both is kept true, so that it sends nothing twice.
+    """
+    vllm = trainer.vllm_generation
+    sleeps = vllm.mode == "colocate" and vllm.enable_sleep_mode
+    if trainer.state.global_step != trainer._last_loaded_step or (
+        sleeps and vllm._llm_weights_sleeping
+    ):
+        vllm.sync_weights()
+        trainer._last_loaded_step = trainer.state.global_step
+    if sleeps:
+        vllm.llm.wake_up(tags=["kv_cache"])
+    try:
+        yield vllm
+    finally:
+        if sleeps:
+            vllm.llm.sleep(level=2)
+            vllm._llm_weights_sleeping = True
 
 
 def show_key(address: str, header: Mapping[str, str]) -> None:
@@ -208,6 +233,44 @@ def watch_step(
         return norm
 
     trainer.compute_loss, trainer.accelerator.clip_grad_norm_ = compute, clip_and_note
+
+
+def watch_fresh_log_probabilities(
+    trainer: "GRPOTrainer",
+    on_log_probabilities: Callable[["torch.Tensor", Mapping[str, Any]], None],
+) -> None:
+    """Hand over the log-probabilities that a loss is made of, [batch, completion], with its inputs.
+
+    Only while the weights are still those that the inputs were sampled with. TRL 1.16 compares the
+    two for its importance sampling alone, and spends a pass through the model on it.
+    """
+    compute_loss, score = trainer.compute_loss, trainer._get_per_token_logps_and_entropies
+    scored: list[Any] = []
+    given: Any = trainer.args
+
+    def remember(*args, **kwargs):
+        result = score(*args, **kwargs)
+        scored[:] = [result[0]]
+        return result
+
+    def compute(model, inputs, *args, **kwargs):
+        shared_by = given.steps_per_generation * trainer.num_iterations
+        fresh = trainer._step % shared_by < given.gradient_accumulation_steps
+        loss = compute_loss(model, inputs, *args, **kwargs)
+        if fresh and scored:
+            on_log_probabilities(scored[0].detach(), inputs)
+        scored.clear()
+        return loss
+
+    trainer.compute_loss, trainer._get_per_token_logps_and_entropies = compute, remember
+
+
+def log_with_step(trainer: "GRPOTrainer", name: str, value: float) -> None:
+    """Add a figure to the line of the step under way.
+
+    TRL 1.16 takes them from rewards only, and gathers them before the loss is known.
+    """
+    trainer._metrics["train"][name].append(value)
 
 
 def own_part(weight: "torch.Tensor") -> "torch.Tensor":

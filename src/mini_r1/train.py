@@ -22,8 +22,8 @@ and Ctrl-C make it save and stop. Left out on purpose: any trainer, loss or samp
 import importlib.util
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -53,14 +53,15 @@ from mini_r1.callbacks import (
     TrainClock,
 )
 from mini_r1.data import Split, load_split, prompt_dataset
-from mini_r1.evaluate import (
+from mini_r1.evaluate import heldout_puzzles, progress_bar, sample_batches, summarize
+from mini_r1.generators import (
+    CompletionGenerator,
     NoProbabilities,
-    heldout_puzzles,
-    progress_bar,
-    sample_batches,
-    summarize,
+    Questions,
+    by_training_vllm,
+    by_transformers,
 )
-from mini_r1.health import FiniteNumbers, LearningSignal, end_all
+from mini_r1.health import FiniteNumbers, LearningSignal, StaleWeights, end_all
 from mini_r1.launch.guard import key_header
 from mini_r1.launch.machine import is_main_process
 from mini_r1.launch.plan import SERVER_HOST, owns_server, server_address
@@ -187,6 +188,8 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     numbers = FiniteNumbers(trainer, tokenizer, recorder, run_dir)
     for callback in (numbers, LearningSignal(), clock):
         trainer.add_callback(callback)
+    if trainer.use_vllm:
+        trainer.add_callback(StaleWeights(trainer, args.vllm_importance_sampling_correction))
     if trainer.pop_callback(TensorBoardCallback):
         trainer.add_callback(TensorBoard(recipe.as_dict(), recorder))
     held_out, signer = HeldOutEvaluation(eval_every, evaluate, log), CheckpointSigner(start.sign)
@@ -404,37 +407,30 @@ def _evaluate(
     """
     accelerator, task = trainer.accelerator, recipe.task
     puzzles = heldout_puzzles(split, task)
-    max_completion_length = recipe.get("max_completion_length")
+    questions = Questions(
+        puzzles,
+        task,
+        tokenizer,
+        recipe.get("max_completion_length"),
+        split.columns,
+        recipe.get("chat_template_kwargs"),
+    )
     started = time.monotonic()
 
     # Each process samples its share.
     completions = len(puzzles) * task.num_eval_samples
     bar = progress_bar(completions, name, shown=accelerator.is_main_process)
-    unwrapped = unwrap_model_for_generation(
-        trainer.model_wrapped,  # ty: ignore[invalid-argument-type]  (bare models are fine, too)
-        accelerator,
-        gradient_checkpointing_kwargs=recipe.get("gradient_checkpointing_kwargs"),
-    )
-    batches, failure = [], None
-    with bar as advance, unwrapped as model:
+    batches, failure, by = [], None, ""
+    with bar as advance:
 
         def on_batch(new: int) -> None:
             advance(new)
             after_batch()
 
         try:
-            batches = sample_batches(
-                model,
-                tokenizer,
-                puzzles,
-                task,
-                max_completion_length=max_completion_length,
-                chat_template_kwargs=recipe.get("chat_template_kwargs"),
-                columns=split.columns,
-                process=accelerator.process_index,
-                num_processes=accelerator.num_processes,
-                on_batch=on_batch,
-            )
+            with _generator(trainer, recipe, questions) as generator:
+                by = generator.name
+                batches = sample_batches(generator, questions, on_batch)
         except NoProbabilities as error:
             failure = str(error)
     failures = list(filter(None, gather_object([failure])))
@@ -446,7 +442,8 @@ def _evaluate(
     result = summarize(
         [sample for _, batch in ordered for sample in batch],
         task,
-        max_completion_length=max_completion_length,
+        max_completion_length=questions.max_completion_length,
+        generator=by,
         step=trainer.state.global_step,
         seconds=round(time.monotonic() - started, 1),
     )
@@ -456,6 +453,26 @@ def _evaluate(
         interval = f"95 % interval {low:.1%} to {high:.1%}"
         print(f"{name}: held-out success {result['success']:.1%} ({interval})", flush=True)
     return result
+
+
+@contextmanager
+def _generator(
+    trainer: GRPOTrainer, recipe: Recipe, questions: Questions
+) -> Generator[CompletionGenerator]:
+    """What writes the completions of an evaluation: whatever writes those of the training."""
+    if trainer.use_vllm:
+        with by_training_vllm(trainer, questions) as generator:
+            yield generator
+        return
+    accelerator = trainer.accelerator
+    unwrapped = unwrap_model_for_generation(
+        trainer.model_wrapped,  # ty: ignore[invalid-argument-type]  (bare models are fine, too)
+        accelerator,
+        gradient_checkpointing_kwargs=recipe.get("gradient_checkpointing_kwargs"),
+    )
+    place = {"process": accelerator.process_index, "num_processes": accelerator.num_processes}
+    with unwrapped as model, by_transformers(model, questions, **place) as generator:
+        yield generator
 
 
 def _sum_up(run_dir: Path, after: Evaluation, steps: int, train_seconds: float) -> Summary:

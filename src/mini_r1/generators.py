@@ -6,6 +6,7 @@ judging (evaluate.py), and how the training itself samples, which is TRL's.
 """
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -246,6 +247,7 @@ def by_training_vllm(
     All processes must call this, and write, together.
     """
     accelerator, request = trainer.accelerator, _Request(questions)
+    batch = quirks.vllm_batch(VLLM_BATCH, questions.task.max_prompt_length)
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with (
         quirks.vllm_with_current_weights(trainer) as vllm,
@@ -255,13 +257,13 @@ def by_training_vllm(
             keeps = accelerator.is_main_process
             stops = stop_ids(accelerator.unwrap_model(trainer.model), questions.tokenizer)
             write = request.to_server(vllm.vllm_client, stops) if keeps else lambda *_: []
-            yield CompletionGenerator(_vllm_name("server"), VLLM_BATCH, write, keeps=keeps)
+            yield CompletionGenerator(_vllm_name("server"), batch, write, keeps=keeps)
         else:
             # The processes of a tensor-parallel group hold one engine between them.
             group, place = divmod(accelerator.process_index, vllm.tensor_parallel_size)
             yield CompletionGenerator(
                 _vllm_name("colocated", vllm.llm),
-                VLLM_BATCH,
+                batch,
                 request.to_engine(vllm.llm),
                 process=group,
                 num_processes=accelerator.num_processes // vllm.tensor_parallel_size,
@@ -277,7 +279,11 @@ def by_new_vllm(weights: str, questions: Questions) -> Generator[CompletionGener
     Args:
         weights: a model or an adapter, which is merged into its base.
     """
+    # Its log is not the result.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     vllm = import_module("vllm")  # is not in every environment
+    batch = quirks.vllm_batch(VLLM_BATCH, questions.task.max_prompt_length)
     with tempfile.TemporaryDirectory(prefix="mini-r1-merged-") as folder:
         merged = load_merged(weights)
         if merged is not None:
@@ -286,13 +292,13 @@ def by_new_vllm(weights: str, questions: Questions) -> Generator[CompletionGener
         engine = vllm.LLM(
             model=model_path(weights) if merged is None else folder,
             max_model_len=questions.task.max_prompt_length + questions.max_completion_length,
-            max_num_seqs=VLLM_BATCH,
+            max_num_seqs=batch,
             disable_log_stats=True,
         )
         del merged
         request = _Request(questions)
         name = _vllm_name("an engine of its own", engine)
-        yield CompletionGenerator(name, VLLM_BATCH, request.to_engine(engine))
+        yield CompletionGenerator(name, batch, request.to_engine(engine))
     request.check()
 
 

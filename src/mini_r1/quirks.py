@@ -98,6 +98,18 @@ def vllm_with_current_weights(trainer: "GRPOTrainer") -> Generator[Any]:
             vllm._llm_weights_sleeping = True
 
 
+def vllm_batch(wanted: int, prompt_length: int) -> int:
+    """How many completions vLLM can be asked for at once, each with a seed of its own.
+
+    vLLM 0.31 reads at most so many tokens of prompts in a step. One that is cut in two makes it put
+    back the generator of its seed, which no generator on a CPU can.
+    """
+    import torch
+
+    tokens_of_a_step = 4096
+    return wanted if torch.cuda.is_available() else max(1, tokens_of_a_step // prompt_length)
+
+
 def show_key(address: str, header: Mapping[str, str]) -> None:
     """Have this process bring a header in every request to the vLLM server at an address.
 

@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -27,14 +29,20 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
 
 from mini_r1 import quirks
+from mini_r1.health import StaleWeights
 from mini_r1.model import load_tokenizer
 from mini_r1.rewards import equation_reward
 from tests.bases.gguf_file import write_gguf
 
 ROOT = Path(__file__).parents[1]
-FUNCTIONS = [each for _, each in inspect.getmembers(quirks, inspect.isfunction)]
+FUNCTIONS = [
+    each
+    for _, each in inspect.getmembers(quirks, inspect.isfunction)
+    if each.__module__ == quirks.__name__
+]
 ALL_LIBRARIES = re.compile(
     r"(accelerate|bitsandbytes|DeepSpeed|torch|transformers|TRL|vLLM) (\d+\.\d+(?:\.\d+)?)"
 )
@@ -247,6 +255,59 @@ def test_callbacks_get_neither_loss_nor_batch_nor_the_norm_of_the_gradient(train
     assert seen
     given = [value for value in seen.values() if isinstance(value, float | dict | torch.Tensor)]
     assert given == []
+
+
+def test_trl_sends_weights_amid_its_own_sampling_only():
+    class Engine:
+        def wake_up(self, tags):
+            done.append(f"wake {tags[0]}")
+
+        def sleep(self, level):
+            done.append(f"sleep {level}")
+
+    def sync():
+        done.append("sync")
+        vllm._llm_weights_sleeping = False
+
+    assert "_last_loaded_step" in inspect.getsource(GRPOTrainer._generate_single_turn)
+    assert "_llm_weights_sleeping" in inspect.getsource(VLLMGeneration.generate)
+    vllm = SimpleNamespace(mode="colocate", enable_sleep_mode=True, llm=Engine(), sync_weights=sync)
+    vllm._llm_weights_sleeping, done = True, []
+    trainer = SimpleNamespace(vllm_generation=vllm, _last_loaded_step=3)
+    trainer.state = SimpleNamespace(global_step=3)
+    with suppress(KeyError), quirks.vllm_with_current_weights(trainer) as given:
+        assert given is vllm
+        raise KeyError
+    assert done == ["sync", "wake kv_cache", "sleep 2"]
+    assert vllm._llm_weights_sleeping
+    # One that never sleeps is sent the weights of a new step, once.
+    vllm.enable_sleep_mode, trainer.state.global_step = False, 4
+    for _ in range(2):
+        with quirks.vllm_with_current_weights(trainer):
+            done.append("sampled")
+    assert done[3:] == ["sync", "sampled", "sampled"]
+    assert trainer._last_loaded_step == 4
+
+
+def test_no_generator_on_a_cpu_can_be_put_back():
+    with pytest.raises(RuntimeError, match="CPU Generator does not use offset"):
+        torch.Generator().set_offset(0)
+    if not torch.cuda.is_available():
+        assert quirks.vllm_batch(512, 32) == 128
+
+
+def test_trl_compares_log_probabilities_for_its_correction_only():
+    assert "sampling_logp_difference" not in inspect.getsource(GRPOTrainer._compute_loss)
+    assert "quirks.watch_fresh_log_probabilities" in inspect.getsource(StaleWeights)  # in use
+
+
+def test_a_figure_of_a_reward_waits_for_the_next_sampling(trainer):
+    trainer._log_metric("figure", 1.0)
+    trainer.log({"loss": 0.0})
+    assert "figure" not in trainer.state.log_history[-1]
+    quirks.log_with_step(trainer, "figure", 2.0)
+    trainer.log({"loss": 0.0})
+    assert trainer.state.log_history[-1]["figure"] == 2.0
 
 
 def test_zero_3_keeps_a_weight_elsewhere():

@@ -216,7 +216,7 @@ def evaluate(args: argparse.Namespace) -> None:
     file = _output_file(args.json, "--json") if args.json not in (None, STDOUT) else None
     from mini_r1.launch.doctor import check_model
 
-    check_model(args.model, args.recipe)  # before the slow imports
+    check_model(args.model, args.recipe, args.vllm)  # before the slow imports
     from mini_r1.evaluate import describe, evaluate_model
     from mini_r1.run import write_json
 

@@ -425,6 +425,13 @@ def test_a_run_or_model_that_was_misspelt_is_suggested_at_once(tmp_path, capsys,
     assert "write a folder with a model, an id of the hub" in capsys.readouterr().err
 
 
+def test_eval_by_vllm_says_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert main(["eval", "tiny_base", "--vllm"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --vllm: vllm is not installed; run pip install")
+
+
 def test_eval_refuses_more_tokens_than_a_model_has_positions(tmp_path, capsys):
     assert main(["eval", str(copy_of_the_base(tmp_path / "m"))]) == 2
     assert "has 512 positions, fewer than" in capsys.readouterr().err

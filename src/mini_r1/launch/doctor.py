@@ -252,12 +252,17 @@ def _uploads(recipe: Recipe) -> Iterator[InputError]:
         yield InputError(f"{refusal}; {instead}", key=key)
 
 
-def check_model(name: str, recipe_path: str | None = None) -> None:
+def check_model(name: str, recipe_path: str | None = None, vllm: bool = False) -> None:
     """Refuse a run or model, named on the command line, that could not be loaded.
+
+    Args:
+        vllm: it is to be loaded by vLLM.
 
     Raises:
         InputError: the first of its problems.
     """
+    if vllm and find_spec("vllm") is None:
+        raise InputError(f"vllm is not installed; {INSTALL_EXTRA}, or leave it out", where="--vllm")
     weights, task, max_completion_length, _ = weights_and_task(name, recipe_path)
     lengths = (task.max_prompt_length, max_completion_length)
     for problem in model_problems(weights, lengths=lengths):

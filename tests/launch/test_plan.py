@@ -75,7 +75,7 @@ def test_the_default_recipe_needs_no_gpu():
             "write vllm_mode: colocate",
         ),
         (ORIGINAL, 0, 0, [], "use_vllm: vLLM needs a GPU and this machine has none"),
-        (ORIGINAL, 4, 8, [], "about 27 GiB on each GPU for generation and this machine has 8"),
+        (ORIGINAL, 4, 8, [], "about 27 GiB on each GPU for training and this machine has 8"),
         (
             RECIPES / "grpo-qwen-2.5-3b-1gpu.yaml",
             1,
@@ -90,6 +90,14 @@ def test_the_default_recipe_needs_no_gpu():
             48,
             ["--vllm_enable_sleep_mode", "false"],
             "write vllm_enable_sleep_mode: true",
+        ),
+        # 3.1 GB of weights, and little beside.
+        (
+            RECIPES / "grpo-qwen-2.5-1.5b-1gpu.yaml",
+            1,
+            80,
+            ["--vllm_gpu_memory_utilization", "0.04"],
+            "utilization: vLLM alone needs about 4 GiB of 80 here, .*; write 0.05",
         ),
         (
             ORIGINAL,
@@ -140,12 +148,15 @@ def test_what_cannot_work_is_refused_with_the_change(recipe, gpus, memory, overr
     assert "\n" not in str(caught.value)
 
 
-def test_a_suggested_change_does_fit():
+@pytest.mark.parametrize("share", ["0.4", "0.1"])  # of which one is too little for vLLM
+def test_a_suggested_change_does_fit(share):
     recipe = RECIPES / "grpo-qwen-2.5-1.5b-1gpu.yaml"
+    own = ["--vllm_gpu_memory_utilization", share]
     with pytest.raises(InputError, match="write ") as caught:
-        planned(recipe, 1, 24)
+        planned(recipe, 1, 24, *own)
     changes = str(caught.value).rpartition("write ")[2].split(", ")
-    planned(recipe, 1, 24, *[text for change in changes for text in f"--{change}".split(": ")])
+    options = [text for change in changes for text in f"--{change}".split(": ")]
+    planned(recipe, 1, 24, *own, *options)
 
 
 def test_mistakes_name_the_line(tmp_path):

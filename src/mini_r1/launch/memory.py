@@ -9,6 +9,7 @@ Imports no ML library.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mini_r1 import InputError
@@ -32,6 +33,7 @@ EVALUATION_BATCH, SMALLEST_BATCH = 256, 8
 # CUDA context, NCCL buffers and fragmentation. An assumption: no GPU run of ours has measured it.
 OVERHEAD_GIB = 3.0
 CPU_OVERHEAD_GIB = 0.5  # the libraries themselves, measured
+VLLM_OVERHEAD_GIB = 1.0  # within its share: what a pass takes, CUDA graphs; an assumption, too
 NF4_BYTES = 0.55  # per 4-bit weight, its scales included (Dettmers et al., arXiv:2305.14314)
 # On a CPU, of what is allocated: the heap that glibc does not give back, measured at 1.1 to 1.5.
 HEAP = 1.15
@@ -147,9 +149,13 @@ QWEN = {
     "7B": Shape(152_064, 3_584, 28, 28, 4, 18_944, False),
 }
 KNOWN_SHAPES = {
-    f"Qwen/Qwen2.5-{size}{kind}": shape
-    for size, shape in QWEN.items()
-    for kind in ("", "-Instruct")
+    **{
+        f"Qwen/Qwen2.5-{size}{kind}": shape
+        for size, shape in QWEN.items()
+        for kind in ("", "-Instruct")
+    },
+    # A folder that recipes/smollm2-135m.yaml says how to make.
+    "./models/smollm2-135m-sft": Shape(49_152, 576, 30, 9, 3, 1_536, True),
 }
 
 
@@ -158,7 +164,7 @@ def model_shape(name: str) -> Shape | None:
 
     None if only loading would tell: it is not here, or of a kind that is not known here.
     """
-    if name in KNOWN_SHAPES:
+    if name in KNOWN_SHAPES and not Path(name).exists():
         return KNOWN_SHAPES[name]
     try:
         folder = model_folder(whole_model(weights_of(name)))
@@ -368,6 +374,22 @@ def batch_that_fits(
     return _largest_batch(per_completion, gpu_memory, width * shape.parameters)
 
 
+def least_vllm_share(recipe: Recipe, gpu_memory: float) -> float:
+    """The smallest share of a GPU in which vLLM starts: weights in 16 bit and one completion.
+
+    0 if the model's shape is not known.
+    """
+    shape = model_shape(recipe.model["model_name_or_path"])
+    if shape is None:
+        return 0.0
+    width = NF4_BYTES if recipe.get("load_in_4bit") else 2
+    weights = width * shape.linear + 2 * (shape.experts + shape.embeddings)
+    length = recipe.task.max_prompt_length + recipe.get("max_completion_length")
+    cache = length * 2 * 2 * shape.num_hidden_layers * shape.kv_width
+    needed = (weights + cache) / GIB + VLLM_OVERHEAD_GIB
+    return math.ceil(20 * needed / gpu_memory) / 20
+
+
 def checkpoint_bytes(recipe: Recipe, stage: int) -> dict[str, float] | None:
     """Bytes of a checkpoint by content, `weights` as in the trained model; None if not known.
 
@@ -463,11 +485,12 @@ def _largest_batch(per_completion: float, gpu_memory: float, held: float) -> int
 def _broadcast(shape: Shape, width: int, stage: int) -> float:
     """Bytes of the buffers from which the first process sends weights to a vLLM server.
 
-    Each holds whole tensors, ZeRO-3 the gathered ones beside their copy.
+    Each holds whole tensors, and under ZeRO-3 those that go into the second are gathered beside it.
     """
+    gathered = 1 if stage == 3 else 0
     largest = width * shape.vocab_size * shape.hidden_size
-    buffers = 2 * (BROADCAST_BUFFER + largest) * (2 if stage == 3 else 1)
-    return min(buffers, (2 if stage == 3 else 1) * width * shape.parameters)
+    buffers = (2 + gathered) * (BROADCAST_BUFFER + largest)
+    return min(buffers, (1 + gathered) * width * shape.parameters)
 
 
 def _adapters(shape: Shape, rank: int) -> int:

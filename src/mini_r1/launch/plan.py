@@ -28,6 +28,7 @@ from mini_r1.launch.machine import Machine, visible_gpus
 from mini_r1.launch.memory import (
     checkpoint_bytes,
     has_16_bit_weights,
+    least_vllm_share,
     peak,
     phases,
     zero_stage,
@@ -123,7 +124,7 @@ class Plan:
         get = self.recipe.get
         if not get("use_vllm"):
             return "by transformers, in the training processes"
-        if get("vllm_mode") == "colocate":
+        if colocates(self.recipe):
             sleep = ", asleep while training" if get("vllm_enable_sleep_mode") else ""
             share = f"{get('vllm_gpu_memory_utilization'):.0%} of their memory"
             return f"by vLLM on the training GPUs, {share}{sleep}"
@@ -242,6 +243,13 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
                 + _what_would_fit(recipe, machine, processes),
                 "model_name_or_path",
             )
+        least = least_vllm_share(recipe, machine.gpu_memory) if colocates(recipe) else 0.0
+        if recipe.get("vllm_gpu_memory_utilization") < least:
+            raise recipe.error(
+                f"vLLM alone needs about {least * machine.gpu_memory:.0f} GiB of "
+                f"{machine.gpu_memory:.0f} here, more than this share; write {least}",
+                "vllm_gpu_memory_utilization",
+            )
     return Plan(
         recipe=recipe,
         machine=machine,
@@ -295,6 +303,11 @@ def check_processes(recipe: Recipe, processes: int) -> None:
 
 
 # ---- The vLLM server ------------------------------------------------------------------------
+
+
+def colocates(recipe: Recipe) -> bool:
+    """Whether vLLM shares the GPUs of the training."""
+    return bool(recipe.get("use_vllm")) and recipe.get("vllm_mode") == "colocate"
 
 
 def owns_server(recipe: Recipe) -> bool:
@@ -493,8 +506,11 @@ def _what_would_fit(recipe: Recipe, machine: Machine, processes: int) -> str:
     get = recipe.get
     batch, accumulated = get("per_device_train_batch_size"), get("gradient_accumulation_steps")
     steps: list[dict[str, Any]] = [{"gradient_checkpointing": True}]
-    if get("use_vllm") and get("vllm_mode") == "colocate":
+    if colocates(recipe):
         steps.append({"vllm_enable_sleep_mode": True})
+        least = least_vllm_share(recipe, machine.gpu_memory)
+        if get("vllm_gpu_memory_utilization") < least:
+            steps.append({"vllm_gpu_memory_utilization": least})
     while batch % 2 == 0:
         batch, accumulated = batch // 2, accumulated * 2
         batches = ("per_device_train_batch_size", "gradient_accumulation_steps")

@@ -7,6 +7,7 @@ source. tests/integration/test_documented_commands.py runs the commands.
 import csv
 import json
 import re
+import runpy
 import shlex
 from itertools import islice, pairwise
 from pathlib import Path
@@ -116,6 +117,14 @@ def test_the_architecture_names_every_module_and_no_other():
     # Elsewhere in the text a module goes by its path, or by the end of it.
     for name in re.findall(r"[\w/]+\.py\b", re.sub(r"\[[^]]*\]\([^)]*\)", "", text)):
         assert any(f"/{module}".endswith(f"/{name}") for module in modules), name
+
+
+def table_of_plans():
+    return runpy.run_path(str(ROOT / "scripts" / "plan_table.py"))["table"]()
+
+
+def test_the_table_of_plans_is_what_dry_runs_say():
+    assert table_of_plans() in text_of(GUIDE), "run python scripts/plan_table.py --write"
 
 
 def test_every_promise_has_its_test():
@@ -435,6 +444,7 @@ def of_guide():
     yield quoted("group apart for 20 steps", SRC / "health.py", "SILENT_STEPS = 20")
     text = "A recipe written for TRL 0.14 is refused"
     yield quoted(text, SRC / "recipe.py", "written for TRL 0.14, this is")
+    yield computed("{}", table_of_plans())
 
 
 def of_method():

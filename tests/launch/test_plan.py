@@ -23,7 +23,7 @@ def planned(recipe, gpus, memory=80, *overrides):
 
 def test_the_original_run():
     found = planned(ORIGINAL, 4)
-    assert (found.processes, found.server_gpu, found.launcher) == (3, 3, "deepspeed_zero3")
+    assert (found.processes, found.server_gpu, found.launcher) == (3, 3, "deepspeed_zero2")
     assert found.command[:4] == ["accelerate", "launch", "--num_processes", "3"]
     text = str(found)
     assert "3 processes on GPUs 0-2" in text
@@ -75,13 +75,14 @@ def test_the_default_recipe_needs_no_gpu():
             "write vllm_mode: colocate",
         ),
         (ORIGINAL, 0, 0, [], "use_vllm: vLLM needs a GPU and this machine has none"),
-        (ORIGINAL, 4, 8, [], "needs about 37 GiB on each GPU and this machine has 8"),
+        (ORIGINAL, 4, 8, [], "about 27 GiB on each GPU for training and this machine has 8"),
         (
             RECIPES / "grpo-qwen-2.5-3b-1gpu.yaml",
             1,
             24,
-            [],
-            "needs about 71 GiB on each GPU and this machine has 24; write .*use_peft: true",
+            ["--beta", "0"],
+            "needs about 58 GiB on each GPU for training and this machine has 24; "
+            "write .*use_peft: true",
         ),
         (
             RECIPES / "grpo-qwen-2.5-1.5b-1gpu.yaml",
@@ -89,6 +90,14 @@ def test_the_default_recipe_needs_no_gpu():
             48,
             ["--vllm_enable_sleep_mode", "false"],
             "write vllm_enable_sleep_mode: true",
+        ),
+        # 3.1 GB of weights, and little beside.
+        (
+            RECIPES / "grpo-qwen-2.5-1.5b-1gpu.yaml",
+            1,
+            80,
+            ["--vllm_gpu_memory_utilization", "0.04"],
+            "utilization: vLLM alone needs about 4 GiB of 80 here, .*; write 0.05",
         ),
         (
             ORIGINAL,
@@ -139,12 +148,15 @@ def test_what_cannot_work_is_refused_with_the_change(recipe, gpus, memory, overr
     assert "\n" not in str(caught.value)
 
 
-def test_a_suggested_change_does_fit():
+@pytest.mark.parametrize("share", ["0.4", "0.1"])  # of which one is too little for vLLM
+def test_a_suggested_change_does_fit(share):
     recipe = RECIPES / "grpo-qwen-2.5-1.5b-1gpu.yaml"
+    own = ["--vllm_gpu_memory_utilization", share]
     with pytest.raises(InputError, match="write ") as caught:
-        planned(recipe, 1, 24)
+        planned(recipe, 1, 24, *own)
     changes = str(caught.value).rpartition("write ")[2].split(", ")
-    planned(recipe, 1, 24, *[text for change in changes for text in f"--{change}".split(": ")])
+    options = [text for change in changes for text in f"--{change}".split(": ")]
+    planned(recipe, 1, 24, *own, *options)
 
 
 def test_mistakes_name_the_line(tmp_path):
@@ -156,6 +168,19 @@ def test_mistakes_name_the_line(tmp_path):
     problem = r"mine\.yaml line 4: save_steps: 6 is no multiple of the 4 optimizer steps"
     with pytest.raises(InputError, match=problem):
         planned(path, 0, 0)
+
+
+def test_the_plan_says_what_each_phase_holds():
+    text = str(planned(RECIPES / "grpo-qwen-2.5-3b-qlora.yaml", 1, 24))
+    first, *others = text[text.index("memory ") :].splitlines()[:3]
+    assert first.startswith(
+        "memory      training 7.6 of 24 GiB per training process, an estimate: "
+    )
+    assert [line[:27] for line in others] == [
+        "            generation 7.1:",
+        "            evaluation 19.1",
+    ]
+    assert "KV cache 13.8, overhead 3.0" in others[1]
 
 
 def test_a_sixteen_bit_model_without_a_wide_copy_is_warned_about():
@@ -237,8 +262,8 @@ def test_the_plan_says_how_often_it_evaluates(overrides, told):
             ORIGINAL,
             4,
             [],
-            "18, every 25 steps, the last 2 kept: about 43 GB each (weights 6.2 GB, optimizer 37 "
-            "GB), at most 136 GB with the trained model",
+            "18, every 25 steps, the last 2 kept: about 49 GB each (weights 6.2 GB, optimizer 43 "
+            "GB), at most 154 GB with the trained model",
         ),
         (
             RECIPES / "grpo-qwen-2.5-3b-qlora.yaml",

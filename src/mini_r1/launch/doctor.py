@@ -158,7 +158,7 @@ def _missing_packages(recipe: Recipe, launcher: str | None) -> Iterator[InputErr
             yield InputError(
                 f"{package} is not installed; {INSTALL_EXTRA}, or write {key}: false", key=key
             )
-    if launcher == "deepspeed_zero3" and find_spec("deepspeed") is None:
+    if (launcher or "").startswith("deepspeed") and find_spec("deepspeed") is None:
         yield InputError(
             "deepspeed is not installed, and full fine-tuning on several GPUs needs it; "
             + INSTALL_EXTRA
@@ -375,11 +375,11 @@ def _nearest(name: str) -> str | None:
 
 def _disk(recipe: Recipe, plan: Plan | None) -> Iterator[InputError]:
     """Whether the checkpoints and the trained model fit on the disk."""
-    sharded = "ACCELERATE_USE_DEEPSPEED" in os.environ
+    stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0))  # accelerate's launcher
     processes = num_processes()
     if plan:
-        sharded, processes = plan.launcher == "deepspeed_zero3", plan.processes
-    size = checkpoint_bytes(recipe, sharded)
+        stage, processes = plan.zero_stage, plan.processes
+    size = checkpoint_bytes(recipe, stage)
     if size is None or finished_summary(recipe) is not None:
         return
     number = checkpoints_at_most(recipe, optimizer_steps(recipe, processes))

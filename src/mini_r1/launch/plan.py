@@ -4,9 +4,9 @@
     mini-r1 doctor RECIPE --gpus 4 --gpu-memory 80           # for another one
 
 Who runs where follows from three rules: one training process per GPU; a vLLM server that the
-recipe leaves to us takes the last GPU; full fine-tuning on several GPUs is sharded by DeepSpeed
-ZeRO-3, LoRA and QLoRA are copied (DDP). Nothing starts here, until `launch`. Imports no ML
-library: a mistake is told in well under a second.
+recipe leaves to us takes the last GPU; full fine-tuning on several GPUs is sharded by DeepSpeed,
+ZeRO-2 where that fits and ZeRO-3 elsewhere, LoRA and QLoRA are copied (DDP). Nothing starts here,
+until `launch`. Imports no ML library: a mistake is told in well under a second.
 """
 
 import logging
@@ -25,7 +25,14 @@ from typing import Any
 from mini_r1 import BAD_INPUT, SIGNALLED, InputError, Interrupted, RunFailed
 from mini_r1.launch.guard import MIDDLEWARE
 from mini_r1.launch.machine import Machine, visible_gpus
-from mini_r1.launch.memory import checkpoint_bytes, estimate_memory, has_16_bit_weights, peak
+from mini_r1.launch.memory import (
+    checkpoint_bytes,
+    has_16_bit_weights,
+    least_vllm_share,
+    peak,
+    phases,
+    zero_stage,
+)
 from mini_r1.model import model_path, whole_model
 from mini_r1.recipe import ROOT, Recipe
 from mini_r1.run import weights_of
@@ -35,6 +42,7 @@ TRAINING_SCRIPT = Path("scripts/run_r1_grpo.py")
 SERVER_HOST = "127.0.0.1"
 SERVER_MEMORY_UTILIZATION = 0.9  # of a GPU that the server has for itself
 ONE_GPU_RECIPE = "recipes/grpo-qwen-2.5-3b-1gpu.yaml"
+LAUNCHER_OF_STAGE = {0: "ddp", 2: "deepspeed_zero2", 3: "deepspeed_zero3"}
 
 
 # ---- The plan -------------------------------------------------------------------------------
@@ -48,7 +56,8 @@ class Plan:
         processes: training processes, one per GPU or one on the CPU.
         launcher: the accelerate config that starts them; None for a single process.
         server_gpu: the GPU of a vLLM server of the run's own, counted among the visible ones.
-        memory: what a training GPU must hold, in GiB by purpose; None if that is not known here.
+        memory: what a training process holds in each phase, in GiB by purpose; None if that is not
+            known here.
     """
 
     recipe: Recipe
@@ -56,7 +65,13 @@ class Plan:
     processes: int
     launcher: str | None
     server_gpu: int | None
-    memory: Mapping[str, float] | None
+    memory: Mapping[str, Mapping[str, float]] | None
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's, 0 without it."""
+        stages = (stage for stage, name in LAUNCHER_OF_STAGE.items() if name == self.launcher)
+        return next(stages, 0)
 
     @property
     def command(self) -> list[str]:
@@ -88,8 +103,8 @@ class Plan:
         if self.server_gpu is not None:
             server = shlex.join(["python", *server_command(self.recipe, "PORT")])
             lines["server"] = f"CUDA_VISIBLE_DEVICES={self.server_gpu} {server}"
-        copied_in_16_bit = has_16_bit_weights(self.recipe) and self.launcher != "deepspeed_zero3"
-        if copied_in_16_bit and not self.recipe.get("use_peft"):
+        only_in_16_bit = has_16_bit_weights(self.recipe) and not self.zero_stage
+        if only_in_16_bit and not self.recipe.get("use_peft"):
             lines["beware"] = (
                 "16-bit weights without a 32-bit copy (only ZeRO keeps one) are spaced so widely "
                 "that updates of a small learning_rate are rounded away; write dtype: float32, "
@@ -109,7 +124,7 @@ class Plan:
         get = self.recipe.get
         if not get("use_vllm"):
             return "by transformers, in the training processes"
-        if get("vllm_mode") == "colocate":
+        if colocates(self.recipe):
             sleep = ", asleep while training" if get("vllm_enable_sleep_mode") else ""
             share = f"{get('vllm_gpu_memory_utilization'):.0%} of their memory"
             return f"by vLLM on the training GPUs, {share}{sleep}"
@@ -168,7 +183,7 @@ class Plan:
         kept = f", the last {limit:,} kept" if limit else ""
 
         # How large are they, and does the disk hold them?
-        size = checkpoint_bytes(self.recipe, self.launcher == "deepspeed_zero3")
+        size = checkpoint_bytes(self.recipe, self.zero_stage)
         if size is None:
             return f"{number}{kept}; their size is not known without loading the model"
         parts = ", ".join(f"{name} {_size(part)}" for name, part in size.items() if part)
@@ -185,10 +200,13 @@ class Plan:
     def _memory(self) -> str:
         if self.memory is None:
             return "not estimated: the shape of this model is not known without loading it"
-        parts = ", ".join(f"{name} {gib:.1f}" for name, gib in self.memory.items() if gib >= 0.05)
         of = f" of {self.machine.gpu_memory:.0f}" if self.machine.gpu_memory else ""
-        needed = peak(self.memory, self.recipe)
-        return f"about {needed:.1f}{of} GiB per training process, an estimate: {parts}"
+        of += " GiB per training process, an estimate"
+        lines = []
+        for phase, held in self.memory.items():
+            parts = ", ".join(f"{name} {gib:.1f}" for name, gib in held.items() if gib >= 0.05)
+            lines.append(f"{phase} {sum(held.values()):.1f}{'' if lines else of}: {parts}")
+        return f"\n{'':<12}".join(lines)
 
 
 def make_plan(recipe: Recipe, machine: Machine) -> Plan:
@@ -215,20 +233,28 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
     # The rest of the GPUs trains. Can they share the batch, and hold what they must?
     processes = 1 if on_cpu else machine.gpus - managed
     check_batch(recipe, processes)
-    memory = estimate_memory(recipe, processes, machine.gpu_memory)
-    known = memory is not None and not on_cpu and machine.gpu_memory > 0
-    if known and peak(memory, recipe) > machine.gpu_memory:
-        raise recipe.error(
-            f"{recipe.model['model_name_or_path']} needs about {peak(memory, recipe):.0f} GiB on "
-            f"each GPU and this machine has {machine.gpu_memory:.0f}; "
-            + _what_would_fit(recipe, machine, processes),
-            "model_name_or_path",
-        )
+    memory = phases(recipe, processes, machine.gpu_memory)
+    if memory is not None and not on_cpu and machine.gpu_memory > 0:
+        phase, needed = peak(memory)
+        if needed > machine.gpu_memory:
+            raise recipe.error(
+                f"{recipe.model['model_name_or_path']} needs about {needed:.0f} GiB on each GPU "
+                f"for {phase} and this machine has {machine.gpu_memory:.0f}; "
+                + _what_would_fit(recipe, machine, processes),
+                "model_name_or_path",
+            )
+        least = least_vllm_share(recipe, machine.gpu_memory) if colocates(recipe) else 0.0
+        if recipe.get("vllm_gpu_memory_utilization") < least:
+            raise recipe.error(
+                f"vLLM alone needs about {least * machine.gpu_memory:.0f} GiB of "
+                f"{machine.gpu_memory:.0f} here, more than this share; write {least}",
+                "vllm_gpu_memory_utilization",
+            )
     return Plan(
         recipe=recipe,
         machine=machine,
         processes=processes,
-        launcher=launcher_for(recipe, processes),
+        launcher=launcher_for(recipe, processes, machine.gpu_memory),
         server_gpu=machine.gpus - 1 if managed and not on_cpu else None,
         memory=memory,
     )
@@ -244,13 +270,17 @@ def _size(size: float) -> str:
     return f"{size / scale:.{int(size < 10 * scale)}f} {unit}"
 
 
-def launcher_for(recipe: Recipe, processes: int) -> str | None:
-    """The accelerate config that starts so many processes; None for one, which needs none."""
+def launcher_for(recipe: Recipe, processes: int, gpu_memory: float = 0.0) -> str | None:
+    """The accelerate config that starts so many processes; None for one, which needs none.
+
+    Args:
+        gpu_memory: GiB per GPU; 0 if it is not known, which is safe: `zero_stage` says why.
+    """
     if processes == 1:
         return None
     if recipe.get("use_cpu"):
         return "cpu"
-    return "ddp" if recipe.get("use_peft") else "deepspeed_zero3"
+    return LAUNCHER_OF_STAGE[zero_stage(recipe, processes, gpu_memory)]
 
 
 def check_processes(recipe: Recipe, processes: int) -> None:
@@ -273,6 +303,11 @@ def check_processes(recipe: Recipe, processes: int) -> None:
 
 
 # ---- The vLLM server ------------------------------------------------------------------------
+
+
+def colocates(recipe: Recipe) -> bool:
+    """Whether vLLM shares the GPUs of the training."""
+    return bool(recipe.get("use_vllm")) and recipe.get("vllm_mode") == "colocate"
 
 
 def owns_server(recipe: Recipe) -> bool:
@@ -471,8 +506,11 @@ def _what_would_fit(recipe: Recipe, machine: Machine, processes: int) -> str:
     get = recipe.get
     batch, accumulated = get("per_device_train_batch_size"), get("gradient_accumulation_steps")
     steps: list[dict[str, Any]] = [{"gradient_checkpointing": True}]
-    if get("use_vllm") and get("vllm_mode") == "colocate":
+    if colocates(recipe):
         steps.append({"vllm_enable_sleep_mode": True})
+        least = least_vllm_share(recipe, machine.gpu_memory)
+        if get("vllm_gpu_memory_utilization") < least:
+            steps.append({"vllm_gpu_memory_utilization": least})
     while batch % 2 == 0:
         batch, accumulated = batch // 2, accumulated * 2
         batches = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -486,8 +524,8 @@ def _what_would_fit(recipe: Recipe, machine: Machine, processes: int) -> str:
         model = {key: value for key, value in changes.items() if key in of_model}
         training = {key: value for key, value in changes.items() if key not in of_model}
         changed = replace(recipe, model=recipe.model | model, training=recipe.training | training)
-        memory = estimate_memory(changed, processes, machine.gpu_memory)
-        if memory is not None and peak(memory, changed) <= machine.gpu_memory:
+        memory = phases(changed, processes, machine.gpu_memory)
+        if memory is not None and peak(memory)[1] <= machine.gpu_memory:
             return "write " + ", ".join(f"{key}: {str(v).lower()}" for key, v in changes.items())
     return "take larger GPUs or a smaller model"
 

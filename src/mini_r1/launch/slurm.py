@@ -130,7 +130,9 @@ def plan_job(recipe: Recipe, nodes: int, machine: Machine) -> JobPlan:
     """
     if nodes == 1:
         plan = make_plan(recipe, machine)
-        return JobPlan(recipe, 1, False, plan.processes, plan.launcher)
+        # What a GPU holds is not known in the job, and it must launch what was planned.
+        launcher = launcher_for(recipe, plan.processes)
+        return JobPlan(recipe, 1, False, plan.processes, launcher)
     served = owns_server(recipe)
     training_nodes = nodes - served
     per_node = 1 if recipe.get("use_cpu") else machine.gpus

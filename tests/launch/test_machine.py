@@ -170,7 +170,7 @@ def driver(monkeypatch, tmp_path):
         "import os, types\n"
         "seen = os.environ.get('CUDA_VISIBLE_DEVICES', '0,1').partition(',-1')[0].split(',')\n"
         "device_count = lambda: len([name for name in seen if name])\n"
-        "get_device_properties = lambda index: types.SimpleNamespace(total_memory=(40 << 30) - index)\n"
+        "get_device_properties = lambda index: types.SimpleNamespace(total_memory=40 << 30)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -102,6 +102,7 @@ from mini_r1.run import (
     write_recipe,
 )
 from mini_r1.start import Start
+from mini_r1.tables import commit
 
 
 def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
@@ -162,6 +163,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     if is_main:
         data: DataRecord = {
             "sha256": split.hash,
+            "revision": commit(recipe.task.dataset_id_or_path, recipe.task.dataset_revision),
             "train": len(dataset),
             "heldout": len(split.heldout),
             "duplicates": split.duplicates,

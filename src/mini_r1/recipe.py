@@ -176,6 +176,13 @@ class TaskConfig:
     max_prompt_length: int = field(
         default=256, metadata={"help": "longer prompts (tokens) are dropped and counted"}
     )
+    num_gpus: int | None = field(
+        default=None,
+        metadata={
+            "help": "GPUs of each machine to use, a vLLM server's included: the first so many; all "
+            "if not given"
+        },
+    )
     reward_funcs: tuple[str, ...] = field(
         default=("format", "equation"),
         metadata={

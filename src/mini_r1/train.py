@@ -64,7 +64,7 @@ from mini_r1.generators import (
 from mini_r1.health import FiniteNumbers, LearningSignal, StaleWeights, end_all
 from mini_r1.launch.guard import key_header
 from mini_r1.launch.machine import is_main_process
-from mini_r1.launch.plan import SERVER_HOST, owns_server, server_address
+from mini_r1.launch.plan import SERVER_HOST, describe_batch, owns_server, server_address
 from mini_r1.launch.vllm_server import VLLMServer, check_key
 from mini_r1.live import LiveView
 from mini_r1.manifest import DataRecord, build_manifest
@@ -172,6 +172,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
         _open_run(recipe, start.weights, trainer, data, resumed=checkpoint)
         rewind(run_dir, checkpoint)
         discard_old_checkpoints(run_dir, keep)
+        print(describe_batch(recipe, args.world_size), flush=True)
 
     # What happens beside the loop, in the order in which it must be called.
     clock, pause = TrainClock(), PauseOnRequest(run_dir)

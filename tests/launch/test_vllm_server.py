@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mini_r1.launch import vllm_server
 from mini_r1.launch.guard import KEY
-from mini_r1.launch.vllm_server import ServerDied, VLLMServer, take_last_gpu
+from mini_r1.launch.vllm_server import ServerDied, VLLMServer
 from mini_r1.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -113,10 +112,3 @@ def test_the_server_sees_its_gpu_and_nothing_of_the_launcher(tmp_path, monkeypat
     assert len(server._env[KEY]) > 40
     assert server._env[KEY] not in command
     assert str(server.group_port) not in server.url
-
-
-def test_the_last_gpu_is_hidden_from_the_training(monkeypatch):
-    monkeypatch.setattr(vllm_server, "visible_gpus", lambda: ["2", "5", "7"])
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
-    assert take_last_gpu() == "7"
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,5"

@@ -177,6 +177,11 @@ def num_processes() -> int:
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
+def processes_here() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", num_processes())) if launched() else 1
+
+
 def end_with_launcher() -> None:
     """Have this process of a launch killed when its launcher dies, even of kill -9. Linux only.
 

@@ -16,6 +16,7 @@ from mini_r1.recipe import load_recipe
 RECIPES = Path(__file__).parents[2] / "recipes"
 ORIGINAL = RECIPES / "grpo-qwen-2.5-3b-deepseek-r1-countdown.yaml"
 TINY = RECIPES / "tiny-cpu.yaml"
+ALL_GPUS = ["--num_gpus", "null"]
 
 
 def planned(recipe, gpus, memory=80, *overrides):
@@ -55,7 +56,7 @@ def test_one_gpu_recipes_share_it_with_vllm(name):
 
 def test_qlora_fits_a_small_gpu_and_is_copied_to_several():
     assert planned(RECIPES / "grpo-qwen-2.5-3b-qlora.yaml", 1, 24).launcher is None
-    assert planned(RECIPES / "grpo-qwen-2.5-3b-qlora.yaml", 4, 24).launcher == "ddp"
+    assert planned(RECIPES / "grpo-qwen-2.5-3b-qlora.yaml", 4, 24, *ALL_GPUS).launcher == "ddp"
 
 
 def test_the_default_recipe_needs_no_gpu():
@@ -181,10 +182,11 @@ COLOCATED = RECIPES / "grpo-qwen-2.5-1.5b-1gpu.yaml"
 @pytest.mark.parametrize(
     ("recipe", "gpus", "overrides", "told"),
     [
-        (COLOCATED, 8, ["--num_gpus", "1"], "1 process on GPU 0 (of 8; num_gpus: 1)"),
-        (COLOCATED, 1, ["--num_gpus", "1"], "1 process on GPU 0"),
+        (COLOCATED, 8, [], "1 process on GPU 0 (of 8; num_gpus: 1)"),
+        (COLOCATED, 8, ALL_GPUS, "8 processes on GPUs 0-7, launched with"),
+        (COLOCATED, 1, [], "1 process on GPU 0"),
         (COLOCATED, 2, ["--num_gpus", "4"], "2 processes on GPUs 0-1 (of 2; num_gpus: 4), launche"),
-        (ORIGINAL, 8, ["--num_gpus", "4"], "3 processes on GPUs 0-2 (of 8; num_gpus: 4), launched"),
+        (ORIGINAL, 8, [], "3 processes on GPUs 0-2 (of 8; num_gpus: 4), launched"),
     ],
 )
 def test_a_recipe_takes_as_many_gpus_as_it_says(recipe, gpus, overrides, told):
@@ -209,16 +211,21 @@ def test_a_server_and_the_training_need_a_gpu_each():
             "4 training processes on 4 GPUs leave none for the vLLM server; write "
             "--num_processes 3, or give",
         ),
-        (ORIGINAL, 3, ["--num_gpus", "3"], r"on 3 GPUs \(num_gpus: 3\) leave none .*processes 2,"),
-        (COLOCATED, 1, ["--num_gpus", "1"], None),
+        (
+            ORIGINAL,
+            3,
+            ["--num_gpus", "3"],
+            r"on 3 GPUs \(num_gpus: 3\) leave none .*write --num_processes 2, or --num_gpus 4$",
+        ),
+        (COLOCATED, 1, [], None),
         (
             COLOCATED,
             4,
-            ["--num_gpus", "1"],
+            [],
             r"4 training processes on 1 GPU \(num_gpus: 1\); write "
             "--num_processes 1, or --num_gpus 4",
         ),
-        (COLOCATED, 8, [], "8 training processes on 4 GPUs; write --num_processes 4$"),
+        (COLOCATED, 8, ALL_GPUS, "8 training processes on 4 GPUs; write --num_processes 4$"),
         (TINY, 8, [], None),
     ],
 )
@@ -241,10 +248,10 @@ def test_a_launch_of_more_processes_than_gpus_is_refused(
         (ORIGINAL, [], True, "2,5", "7", ""),
         (ORIGINAL, ["--num_gpus", "2"], True, "2", "5", "GPU 2 of 3: num_gpus: 2"),
         (ORIGINAL, [], False, "2", "7", "GPU 2 of 3: this is one process; 'mini-r1 train' starts"),
-        (COLOCATED, [], True, None, None, ""),
+        (COLOCATED, ALL_GPUS, True, None, None, ""),
         (COLOCATED, ["--num_gpus", "2"], True, "2,5", None, "GPUs 2, 5 of 3: num_gpus: 2"),
-        (COLOCATED, ["--num_gpus", "1"], False, "2", None, "GPU 2 of 3: num_gpus: 1"),
-        (COLOCATED, [], False, "2", None, "GPU 2 of 3: this is one process; 'mini-r1 train'"),
+        (COLOCATED, [], False, "2", None, "GPU 2 of 3: num_gpus: 1"),
+        (COLOCATED, ALL_GPUS, False, "2", None, "GPU 2 of 3: this is one process; 'mini-r1 train'"),
     ],
 )
 def test_a_process_sees_the_gpus_that_are_its_own(
@@ -317,8 +324,8 @@ def test_the_plan_says_how_often_it_evaluates(overrides, told):
             ORIGINAL,
             4,
             [],
-            "18, every 25 steps, the last 2 kept: about 43 GB each (weights 6.2 GB, optimizer 37 "
-            "GB), at most 136 GB with the trained model",
+            "18, every 25 steps, the last 1 kept: about 43 GB each (weights 6.2 GB, optimizer 37 "
+            "GB), at most 93 GB with the trained model",
         ),
         (
             RECIPES / "grpo-qwen-2.5-3b-qlora.yaml",

@@ -103,7 +103,7 @@ def test_the_server_sees_its_gpu_and_nothing_of_the_launcher(tmp_path, monkeypat
     assert server._env["VLLM_SERVER_DEV_MODE"] == "1"
     assert not {"RANK", "WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED"} & server._env.keys()
     command = " ".join(server._command)
-    assert "--model Qwen/Qwen2.5-3B-Instruct --revision main --host 127.0.0.1" in command
+    assert "--revision aa8e72537993ba99e69dfaafa59ed015b17504d1 --host 127.0.0.1" in command
     port = server.url.rpartition(":")[2]
     assert f"--port {port} --max-model-len 1280 --dtype bfloat16" in command
     assert '--weight-transfer-config {"backend": "nccl"}' in command

@@ -278,10 +278,10 @@ def check_processes(recipe: Recipe, processes: int, here: int) -> None:
         problem += f" (num_gpus: {gpus})" if gpus < visible else ""
         problem += " leave none for the vLLM server" if served else ""
         problem += f"; write --num_processes {max(gpus - served, 1)}"
-        if served:
+        if here + served <= visible:
+            problem += f", or --num_gpus {here + served}"
+        elif served:
             problem += ", or give the address of a server as vllm_server_base_url"
-        elif here <= visible:
-            problem += f", or --num_gpus {here}"
         raise InputError(problem, where="--num_processes")
     check_batch(recipe, processes)
 

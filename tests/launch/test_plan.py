@@ -54,6 +54,13 @@ def test_one_gpu_recipes_share_it_with_vllm(name):
     assert "192 completions" in str(found)
 
 
+@pytest.mark.parametrize(("name", "memory"), [("3b-lora", 24), ("3b-qlora", 24), ("1.5b-t4", 15)])
+def test_what_is_for_a_small_gpu_fits_one(name, memory):
+    found = planned(RECIPES / f"grpo-qwen-2.5-{name}.yaml", 1, memory)
+    assert (found.processes, found.launcher) == (1, None)
+    assert "beware" not in str(found)
+
+
 def test_qlora_fits_a_small_gpu_and_is_copied_to_several():
     assert planned(RECIPES / "grpo-qwen-2.5-3b-qlora.yaml", 1, 24).launcher is None
     assert planned(RECIPES / "grpo-qwen-2.5-3b-qlora.yaml", 4, 24, *ALL_GPUS).launcher == "ddp"

@@ -100,12 +100,17 @@ def train_here(recipe: "Recipe") -> None:
 
     What is cheap to check is checked before the slow imports, and before CUDA counts the GPUs.
     """
-    from mini_r1.launch.machine import end_with_launcher, is_main_process, num_processes
+    from mini_r1.launch.machine import (
+        end_with_launcher,
+        is_main_process,
+        num_processes,
+        processes_here,
+    )
     from mini_r1.launch.plan import check_processes
     from mini_r1.lock import FolderLock
     from mini_r1.stdio import outlive_readers
 
-    check_processes(recipe, num_processes())
+    check_processes(recipe, num_processes(), processes_here())
     end_with_launcher()
     outlive_readers()
     threading.excepthook = _thread_failed
@@ -144,8 +149,7 @@ def _train(recipe: "Recipe") -> None:
     from mini_r1 import quirks
     from mini_r1.launch.doctor import first_problem
     from mini_r1.launch.machine import is_main_process
-    from mini_r1.launch.plan import owns_server
-    from mini_r1.launch.vllm_server import take_last_gpu
+    from mini_r1.launch.plan import take_gpus
     from mini_r1.run import TRACKER_FOLDERS, withdraw_stop
 
     if is_main_process():
@@ -156,8 +160,8 @@ def _train(recipe: "Recipe") -> None:
     server_gpu = None
     if recipe.get("use_cpu"):
         quirks.quiet_cpu_imports()
-    elif owns_server(recipe):
-        server_gpu = take_last_gpu()
+    else:
+        server_gpu = take_gpus(recipe)
     from mini_r1.train import run
 
     run(recipe, server_gpu)

@@ -64,7 +64,7 @@ from mini_r1.generators import (
 from mini_r1.health import FiniteNumbers, LearningSignal, StaleWeights, end_all
 from mini_r1.launch.guard import key_header
 from mini_r1.launch.machine import is_main_process
-from mini_r1.launch.plan import SERVER_HOST, owns_server, server_address
+from mini_r1.launch.plan import SERVER_HOST, describe_batch, owns_server, server_address
 from mini_r1.launch.vllm_server import VLLMServer, check_key
 from mini_r1.live import LiveView
 from mini_r1.manifest import DataRecord, build_manifest
@@ -102,6 +102,7 @@ from mini_r1.run import (
     write_recipe,
 )
 from mini_r1.start import Start
+from mini_r1.tables import commit
 
 
 def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
@@ -162,6 +163,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     if is_main:
         data: DataRecord = {
             "sha256": split.hash,
+            "revision": commit(recipe.task.dataset_id_or_path, recipe.task.dataset_revision),
             "train": len(dataset),
             "heldout": len(split.heldout),
             "duplicates": split.duplicates,
@@ -170,6 +172,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
         _open_run(recipe, start.weights, trainer, data, resumed=checkpoint)
         rewind(run_dir, checkpoint)
         discard_old_checkpoints(run_dir, keep)
+        print(describe_batch(recipe, args.world_size), flush=True)
 
     # What happens beside the loop, in the order in which it must be called.
     clock, pause = TrainClock(), PauseOnRequest(run_dir)

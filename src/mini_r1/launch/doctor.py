@@ -420,15 +420,15 @@ def _data(recipe: Recipe) -> Mapping[str, Any] | None:
     Raises:
         InputError: they can be neither had nor used.
     """
-    source = recipe.task.dataset_id_or_path
+    source, revision = recipe.task.dataset_id_or_path, recipe.task.dataset_revision
     if source == "generated":
         return SAMPLE
-    if locate(source):
+    if locate(source, revision):
         columns = check_head(recipe.task)
         for reward in get_reward_functions(recipe.task.reward_funcs):
             reward.check_columns(columns)
         return columns
-    if refused := hub.refusal(source, "dataset"):
+    if refused := hub.refusal(source, "dataset", revision):
         raise refused
     return None
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from mini_r1 import BAD_INPUT, SIGNALLED, InputError, Interrupted, RunFailed
 from mini_r1.launch.guard import MIDDLEWARE
-from mini_r1.launch.machine import Machine, visible_gpus
+from mini_r1.launch.machine import Machine, is_main_process, launched, visible_gpus
 from mini_r1.launch.memory import (
     checkpoint_bytes,
     has_16_bit_weights,
@@ -90,9 +90,7 @@ class Plan:
             "machine": str(self.machine),
             "training": self._training(),
             "generation": self._generation(),
-            "batch": describe_batch(self.recipe, self.processes)
-            + f": {_processes(self.processes)} x {self.recipe.get('per_device_train_batch_size')} "
-            f"per device x {self.recipe.get('gradient_accumulation_steps')} accumulated",
+            "batch": describe_batch(self.recipe, self.processes),
             "steps": self._steps(),
             "no signal": self._no_signal(),
             "evaluations": self._evaluations(),
@@ -117,6 +115,8 @@ class Plan:
             devices = "the CPU"
         else:
             devices = "GPU 0" if self.processes == 1 else f"GPUs 0-{self.processes - 1}"
+            if self.recipe.get("num_gpus") not in (None, self.machine.gpus):
+                devices += f" (of {self.machine.gpus}; num_gpus: {self.recipe.get('num_gpus')})"
         launched = f", launched with {self.launcher}.yaml" if self.launcher else ""
         return f"{_processes(self.processes)} on {devices}{launched}"
 
@@ -223,15 +223,16 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
             "recipes/tiny-cpu.yaml",
             "use_vllm",
         )
-    managed = owns_server(recipe)
-    if managed and not on_cpu and machine.gpus < 2:
+    managed, gpus = owns_server(recipe), gpus_to_use(recipe, machine.gpus)
+    if managed and not on_cpu and gpus < 2:
+        has = "num_gpus leaves" if gpus < machine.gpus else "this machine has"
         raise recipe.error(
-            "server needs a GPU of its own beside the training, and this machine has 1; write "
+            f"server needs a GPU of its own beside the training, and {has} 1; write "
             "vllm_mode: colocate (and vllm_enable_sleep_mode: true), or take " + ONE_GPU_RECIPE,
             "vllm_mode",
         )
     # The rest of the GPUs trains. Can they share the batch, and hold what they must?
-    processes = 1 if on_cpu else machine.gpus - managed
+    processes = 1 if on_cpu else gpus - managed
     check_batch(recipe, processes)
     memory = phases(recipe, processes, machine.gpu_memory)
     if memory is not None and not on_cpu and machine.gpu_memory > 0:
@@ -255,7 +256,7 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
         machine=machine,
         processes=processes,
         launcher=launcher_for(recipe, processes, machine.gpu_memory),
-        server_gpu=machine.gpus - 1 if managed and not on_cpu else None,
+        server_gpu=gpus - 1 if managed and not on_cpu else None,
         memory=memory,
     )
 
@@ -283,22 +284,35 @@ def launcher_for(recipe: Recipe, processes: int, gpu_memory: float = 0.0) -> str
     return LAUNCHER_OF_STAGE[zero_stage(recipe, processes, gpu_memory)]
 
 
-def check_processes(recipe: Recipe, processes: int) -> None:
+def gpus_to_use(recipe: Recipe, gpus: int) -> int:
+    """How many of a machine's GPUs a recipe takes: the first so many."""
+    return min(recipe.get("num_gpus") or gpus, gpus)
+
+
+def check_processes(recipe: Recipe, processes: int, here: int) -> None:
     """What `accelerate launch --num_processes` was told, against this machine and the recipe.
 
     Called by every process.
 
+    Args:
+        here: those of the processes that run on this machine.
+
     Raises:
-        InputError: no GPU is left for the vLLM server, or the batch cannot be shared out.
+        InputError: there are fewer GPUs, none is left for the vLLM server, or the batch cannot be
+            shared out.
     """
-    gpus = len(visible_gpus())
-    if owns_server(recipe) and not recipe.get("use_cpu") and processes >= gpus:
-        raise InputError(
-            f"{processes} training processes on {gpus} GPUs leave none for the vLLM server; write "
-            f"--num_processes {max(gpus - 1, 1)}, or give the address of a server as "
-            "vllm_server_base_url",
-            where="--num_processes",
-        )
+    visible = 0 if recipe.get("use_cpu") else len(visible_gpus())
+    gpus, served = gpus_to_use(recipe, visible), owns_server(recipe) and not recipe.get("use_cpu")
+    if here + served > gpus and (gpus or served):
+        problem = f"{here} training processes on {gpus} GPU{'s' if gpus != 1 else ''}"
+        problem += f" (num_gpus: {gpus})" if gpus < visible else ""
+        problem += " leave none for the vLLM server" if served else ""
+        problem += f"; write --num_processes {max(gpus - served, 1)}"
+        if here + served <= visible:
+            problem += f", or --num_gpus {here + served}"
+        elif served:
+            problem += ", or give the address of a server as vllm_server_base_url"
+        raise InputError(problem, where="--num_processes")
     check_batch(recipe, processes)
 
 
@@ -434,7 +448,12 @@ def describe_batch(recipe: Recipe, processes: int) -> str:
     completions = completions_per_step(recipe, processes)
     group = recipe.get("num_generations")
     prompts = f"{completions / group:g} prompts x {group}"
-    return f"{completions} completions per optimizer step, {prompts}"
+    per_device = f"{recipe.get('per_device_train_batch_size')} per device"
+    accumulated = f"{recipe.get('gradient_accumulation_steps')} accumulated"
+    return (
+        f"{completions} completions per optimizer step, {prompts}: "
+        f"{_processes(processes)} x {per_device} x {accumulated}"
+    )
 
 
 def check_batch(recipe: Recipe, processes: int) -> None:
@@ -531,6 +550,29 @@ def _what_would_fit(recipe: Recipe, machine: Machine, processes: int) -> str:
 
 
 # ---- The launch -----------------------------------------------------------------------------
+
+
+def take_gpus(recipe: Recipe) -> str | None:
+    """Leave this process its GPUs, and return that of the vLLM server which it is to start, if any.
+
+    A process of a launch sees all that train; one by itself sees the first, since libraries spread
+    it over all that it sees.
+
+    To be called before anything asks CUDA what there is, which is when CUDA reads the variable.
+    """
+    visible = visible_gpus()
+    taken = visible[: gpus_to_use(recipe, len(visible))]
+    server_gpu = taken.pop() if taken and owns_server(recipe) else None
+    training = taken if launched() else taken[:1]
+    if training != visible:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(training)
+    if training != visible[: len(visible) - (server_gpu is not None)] and is_main_process():
+        why = "this is one process; 'mini-r1 train' starts one for each"
+        if training == taken:
+            why = f"num_gpus: {recipe.get('num_gpus')}"
+        of = f"GPU{'s' if len(training) > 1 else ''} {', '.join(training)} of {len(visible)}"
+        print(f"training on {of}: {why}", flush=True)
+    return server_gpu
 
 
 def launch(plan: Plan) -> None:

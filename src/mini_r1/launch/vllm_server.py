@@ -23,7 +23,6 @@ from pathlib import Path
 
 from mini_r1 import InputError, RunFailed
 from mini_r1.launch.guard import KEY, draw_key, key_header
-from mini_r1.launch.machine import visible_gpus
 from mini_r1.launch.plan import SERVER_HOST, server_command
 from mini_r1.recipe import Recipe
 from mini_r1.run import LOGS_FOLDER
@@ -44,20 +43,6 @@ LAUNCHER_VARIABLES = (
     "TORCHELASTIC_",
     "ACCELERATE_",
 )
-
-
-def take_last_gpu() -> str | None:
-    """Hide the last visible GPU from this process, for the server, and return its name.
-
-    None without GPUs.
-
-    To be called before anything asks CUDA what there is, which is when CUDA reads the variable.
-    """
-    gpus = visible_gpus()
-    if not gpus:
-        return None
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[:-1])
-    return gpus[-1]
 
 
 class ServerDied(RunFailed):

@@ -38,7 +38,8 @@ from mini_r1.countdown.puzzles import Puzzle
 from mini_r1.countdown.solver import Difficulty, difficulty
 from mini_r1.data import Item, Split, load_split, row_columns
 from mini_r1.generators import CompletionGenerator, Questions, by_new_vllm, by_transformers
-from mini_r1.model import load_model, load_tokenizer
+from mini_r1.launch.memory import batch_that_fits, model_shape
+from mini_r1.model import gpu_memory, load_model, load_tokenizer
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TaskConfig
 from mini_r1.rewards import (
@@ -116,9 +117,12 @@ def evaluate_model(
     questions = Questions(
         puzzles, task, tokenizer, max_completion_length, split.columns, chat_template_kwargs, seed
     )
-    by = (
-        by_new_vllm(weights, questions) if vllm else by_transformers(load_model(weights), questions)
-    )
+    if vllm:
+        by = by_new_vllm(weights, questions)
+    else:
+        tokens = task.max_prompt_length + max_completion_length
+        batch = batch_that_fits(model_shape(weights), tokens, gpu_memory())
+        by = by_transformers(load_model(weights), questions, batch=batch)
     bar = progress_bar(len(puzzles) * task.num_eval_samples, Path(name).name)
     with by as generator, bar as on_batch:
         batches = sample_batches(generator, questions, on_batch)

@@ -189,6 +189,15 @@ def load_model(name: str, revision: str | None = None) -> "PreTrainedModel":
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
+def gpu_memory() -> float:
+    """GiB of the GPU that this process computes on; 0 without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+
+
 def load_merged(name: str, revision: str | None = None) -> "PreTrainedModel | None":
     """A LoRA adapter merged into its base, in the base's dtype; None if `name` is no adapter.
 

@@ -64,12 +64,14 @@ from mini_r1.generators import (
 from mini_r1.health import FiniteNumbers, LearningSignal, StaleWeights, end_all
 from mini_r1.launch.guard import key_header
 from mini_r1.launch.machine import is_main_process
+from mini_r1.launch.memory import evaluation_batch
 from mini_r1.launch.plan import SERVER_HOST, describe_batch, owns_server, server_address
 from mini_r1.launch.vllm_server import VLLMServer, check_key
 from mini_r1.live import LiveView
 from mini_r1.manifest import DataRecord, build_manifest
 from mini_r1.model import (
     check_finite,
+    gpu_memory,
     load_tokenizer,
     model_error,
     model_path,
@@ -473,8 +475,14 @@ def _generator(
         accelerator,
         gradient_checkpointing_kwargs=recipe.get("gradient_checkpointing_kwargs"),
     )
-    place = {"process": accelerator.process_index, "num_processes": accelerator.num_processes}
-    with unwrapped as model, by_transformers(model, questions, **place) as generator:
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    batch = evaluation_batch(recipe, ranks, gpu_memory())
+    with (
+        unwrapped as model,
+        by_transformers(
+            model, questions, batch=batch, process=rank, num_processes=ranks
+        ) as generator,
+    ):
         yield generator
 
 

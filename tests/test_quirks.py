@@ -16,11 +16,13 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     TrainerCallback,
@@ -29,7 +31,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.generation.vllm_client import VLLMClient
 
 from mini_r1 import quirks
-from mini_r1.model import load_tokenizer
+from mini_r1.model import load_tokenizer, model_path
 from mini_r1.rewards import equation_reward
 from tests.bases.gguf_file import write_gguf
 
@@ -111,6 +113,23 @@ def test_4_bit_layers_still_choose_a_layout_for_evaluation():
     layer.support_avx512bf16_for_cpu = True
     quirks.keep_4bit_trainable(torch.nn.Sequential(layer))
     assert layer.support_avx512bf16_for_cpu is False
+
+
+def test_trl_rounds_the_adapters_of_quantized_weights(tmp_path):
+    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = GRPOTrainer(
+        model_path("tiny_base"),
+        equation_reward,
+        args,
+        train_dataset=Dataset.from_list([{"prompt": "x"}]),
+        processing_class=load_tokenizer("tiny_base"),
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True),
+        peft_config=LoraConfig(r=2, target_modules="all-linear"),
+    )
+    for dtype in (torch.bfloat16, torch.float32):
+        trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+        assert {weight.dtype for weight in trained} == {dtype}
+        quirks.keep_adapters_wide(trainer.model)
 
 
 def test_a_trainer_uploads_all_it_finds_in_two_ways(trainer, tmp_path, monkeypatch):

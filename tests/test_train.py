@@ -48,6 +48,15 @@ def test_lora_reaches_the_model(tmp_path):
     assert all("lora" in name for name in trained)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("quantized", [[], ["--load_in_4bit"]], ids=["lora", "qlora"])
+def test_adapters_are_trained_in_32_bit(tmp_path, dtype, quantized):
+    model = build(tmp_path, "--use_peft", "--dtype", dtype, *quantized).model
+    trained = {weight.dtype for weight in model.parameters() if weight.requires_grad}
+    assert trained == {torch.float32}
+    assert model.get_base_model().lm_head.weight.dtype == getattr(torch, dtype)
+
+
 def test_rewards_and_their_weights_reach_the_trainer(tmp_path):
     rewards = ["--reward_funcs", "equation", "format", "--reward_weights", "1.0", "0.1"]
     trainer = build(tmp_path, *rewards)

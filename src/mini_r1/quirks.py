@@ -63,6 +63,17 @@ def keep_4bit_trainable(model: "nn.Module | None") -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
+def keep_adapters_wide(model: "nn.Module | None") -> None:
+    """Train adapters in 32 bit, whatever the weights are that they go with.
+
+    TRL 1.16 casts those of quantized weights to bf16, which rounds an update of 1e-5 away. To be
+    called before the optimizer is made.
+    """
+    for weight in model.parameters() if model is not None else ():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
+
 def end_colocated_vllm(trainer: "GRPOTrainer") -> None:
     """End the engine that TRL 1.16 holds.
 

@@ -355,6 +355,8 @@ def _build_trainer(
     except OSError as error:
         raise model_error(name, error) from error
     quirks.keep_4bit_trainable(trainer.model)
+    if recipe.get("use_peft") and not trainer.is_deepspeed_enabled:  # that keeps a copy in 32 bit
+        quirks.keep_adapters_wide(trainer.model)
     settle_generation(cast(PreTrainedModel, trainer.model))
     # The live view shows both.
     trainer.remove_callback(ProgressCallback)

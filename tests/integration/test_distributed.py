@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from mini_r1.model import load_model, model_path
@@ -42,6 +43,11 @@ LAUNCHERS = {
 SAMPLES = f"samples/{ALL_FILE}"
 RECIPE = ROOT / "recipes" / "tiny-cpu.yaml"
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "learning_rate": 1e-2}
+AS_ON_A_GPU = {
+    "bf16": True,
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": '{"use_reentrant": false}',
+}
 SHORT = {
     "max_steps": 4,
     "save_steps": 2,
@@ -113,10 +119,28 @@ def test_a_run_is_one_complete_folder_and_resumes_bit_for_bit(tmp_path, launcher
         assert (resumed / file).read_bytes() == (straight / file).read_bytes(), file
 
 
-@pytest.mark.parametrize("launcher", ["single", "ddp"])
-def test_qlora_in_real_four_bit(tmp_path, launcher):
-    train(launcher, tmp_path / "run", **LORA, load_in_4bit=True)
+DENSE = """
+def length(completions, **columns):
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "dtype"), [("single", "float32"), ("single", "bfloat16"), ("ddp", "bfloat16")]
+)
+def test_qlora_in_real_four_bit_moves_every_adapter_at_a_low_learning_rate(
+    tmp_path, launcher, dtype
+):
+    (tmp_path / "dense.py").write_text(DENSE)  # in each step there is something to learn
+    low = {**LORA, **AS_ON_A_GPU, "learning_rate": 1e-5, "dtype": dtype, "load_in_4bit": True}
+    train(launcher, tmp_path / "run", **low, reward_funcs=f"{tmp_path / 'dense.py'}:length")
     assert_adapters_were_trained(tmp_path / "run")
+    earlier, later = (
+        load_file(tmp_path / "run" / f"checkpoint-{step}" / "adapter_model.safetensors")
+        for step in (2, 4)
+    )
+    moved = [(later[name] != earlier[name]).flatten() for name in later if "lora_A" in name]
+    assert torch.cat(moved).float().mean() > 0.99
 
 
 def test_lora_under_zero3(tmp_path):

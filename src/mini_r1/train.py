@@ -63,6 +63,7 @@ from mini_r1.evaluate import (
 from mini_r1.health import FiniteNumbers, LearningSignal, end_all
 from mini_r1.launch.guard import key_header
 from mini_r1.launch.machine import is_main_process
+from mini_r1.launch.memory import computes_in_16_bit
 from mini_r1.launch.plan import SERVER_HOST, owns_server, server_address
 from mini_r1.launch.vllm_server import VLLMServer, check_key
 from mini_r1.live import LiveView
@@ -224,7 +225,7 @@ def _finish(
     clock: TrainClock,
     start: Start,
 ) -> Summary | None:
-    """Save the trained model, evaluate it and sum up; the summary is the main process's.
+    """Evaluate the trained model, save it and sum up; the summary is the main process's.
 
     The summary is written last: a run that was killed before it does all of this again.
 
@@ -232,8 +233,12 @@ def _finish(
         StopRequested: the run was asked to stop, and is to do all of this again.
     """
     run_dir = recipe.run_dir
-    trainer.save_model(str(run_dir))
     after = last.result()
+    if computes_in_16_bit(recipe) and not recipe.get("use_peft"):
+        # As it is used from now on; what was trained in 32 bit stays so in the checkpoints.
+        narrow = torch.float16 if recipe.get("fp16") else torch.bfloat16
+        cast(PreTrainedModel, trainer.model).to(narrow)
+    trainer.save_model(str(run_dir))
     trainer.save_state()  # every logged scalar
     summary = None
     if trainer.accelerator.is_main_process:

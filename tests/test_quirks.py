@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -156,6 +157,20 @@ def test_a_trainer_uploads_all_it_finds_in_two_ways(trainer, tmp_path, monkeypat
             assert {"config.json", "model.safetensors"} <= files
             assert ({"private.log", "training_args.bin"} <= files) is everything
         quirks.upload_only(["config.json", "model.safetensors"])
+
+
+def test_each_engine_of_vllm_has_a_seed_of_its_own():
+    """What it is for is shown in tests/integration/test_vllm.py."""
+    colocated = {"use_vllm": True, "vllm_mode": "colocate", "seed": 7}
+    seeds = []
+    with torch.random.fork_rng():
+        for ranks in (1, 2):  # that share an engine
+            for process in range(4):
+                args = {"process_index": process, "vllm_tensor_parallel_size": ranks}
+                quirks.seed_colocated_vllm(SimpleNamespace(**colocated, **args))
+                seeds.append(torch.initial_seed())
+        quirks.seed_colocated_vllm(SimpleNamespace(use_vllm=False))
+        assert [*seeds, torch.initial_seed()] == [7, 8, 9, 10, 7, 7, 8, 8, 8]
 
 
 def test_trls_client_cannot_be_told_of_a_key(monkeypatch):

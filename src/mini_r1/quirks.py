@@ -74,6 +74,18 @@ def keep_adapters_wide(model: "nn.Module | None") -> None:
             weight.data = weight.data.float()
 
 
+def seed_colocated_vllm(args: "GRPOConfig") -> None:
+    """Let colocated vLLM sample by the recipe's seed, each rank its own.
+
+    vLLM 0.31 draws from this process's generators, which it seeds with what TRL 1.16 gives it: the
+    number of the rank, or of the group of ranks that share an engine and must draw alike.
+    """
+    from transformers import set_seed
+
+    if args.use_vllm and args.vllm_mode == "colocate":
+        set_seed(args.seed + args.process_index // args.vllm_tensor_parallel_size)
+
+
 def end_colocated_vllm(trainer: "GRPOTrainer") -> None:
     """End the engine that TRL 1.16 holds.
 

@@ -359,6 +359,7 @@ def _build_trainer(
         )
     except OSError as error:
         raise model_error(name, error) from error
+    quirks.seed_colocated_vllm(args)
     quirks.keep_4bit_trainable(trainer.model)
     if recipe.get("use_peft") and not trainer.is_deepspeed_enabled:  # that keeps a copy in 32 bit
         quirks.keep_adapters_wide(trainer.model)

@@ -144,12 +144,18 @@ def assert_same_outcome(run_dir, straight):
         assert (run_dir / name).read_bytes() == (straight / name).read_bytes(), name
 
 
-def test_a_model_is_saved_as_it_computes_and_a_checkpoint_as_it_is_trained(straight, tmp_path):
+@pytest.mark.parametrize(
+    ("bf16", "narrow"),
+    [(True, torch.bfloat16), pytest.param(False, torch.float16, marks=pytest.mark.minutes)],
+)
+def test_a_model_is_saved_as_it_computes_and_a_checkpoint_as_it_is_trained(
+    straight, tmp_path, bf16, narrow
+):
     run_dir = tmp_path / "run"
-    done = train(run_dir, bf16=True, max_steps=2)
+    done = train(run_dir, bf16=bf16, fp16=not bf16, max_steps=2)
     assert done.returncode == 0, done.stderr
     for folder, dtype in (
-        (run_dir, torch.bfloat16),
+        (run_dir, narrow),
         (run_dir / "checkpoint-2", torch.float32),
         (straight[0], torch.float32),
     ):

@@ -125,6 +125,38 @@ def length(completions, **columns):
 """
 
 
+def losses(run_dir):
+    history = json.loads((run_dir / STATE_FILE).read_text())["log_history"]
+    return [(entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
+
+
+@pytest.mark.parametrize("launcher", ["zero2", "zero3"])
+def test_recomputed_activations_and_16_bit_as_recipes_for_gpus_have_them(tmp_path, launcher):
+    (tmp_path / "dense.py").write_text(DENSE)
+    how = {"reward_funcs": f"{tmp_path / 'dense.py'}:length", "dtype": "bfloat16", **AS_ON_A_GPU}
+    straight, resumed, plain = (tmp_path / name for name in ("straight", "resumed", "plain"))
+    train(launcher, straight, **how)
+    for folder in (straight, straight / "checkpoint-4"):
+        saved = load_file(folder / "model.safetensors")
+        assert {weight.dtype for weight in saved.values()} == {torch.bfloat16}
+    assert load_model(str(straight)).num_parameters() == load_model("tiny_base").num_parameters()
+    before, after = (
+        json.loads((straight / "eval" / f"{name}.json").read_text()) for name in ("before", "after")
+    )
+    assert before["num_puzzles"] == after["num_puzzles"] == 20
+
+    for steps in (2, 4):
+        printed = train(launcher, resumed, **how, max_steps=steps)
+    assert "resuming from" in printed
+    for file in ("model.safetensors", SAMPLES):
+        assert (resumed / file).read_bytes() == (straight / file).read_bytes(), file
+
+    # DeepSpeed keeps the weights that are trained in 32 bit, whatever the recipe's dtype.
+    train(launcher, plain, **{**how, "dtype": "float32", "gradient_checkpointing": False})
+    assert losses(plain) == [pytest.approx(each, rel=1e-3, abs=1e-5) for each in losses(straight)]
+    assert all(norm > 0.01 for _, norm in losses(straight))
+
+
 @pytest.mark.parametrize(
     ("launcher", "dtype"), [("single", "float32"), ("single", "bfloat16"), ("ddp", "bfloat16")]
 )
@@ -156,7 +188,7 @@ def on_rank_1(completions, trainer_state, **columns):
 """
 
 
-@pytest.mark.parametrize("launcher", ["ddp", "zero3"])
+@pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])
 def test_a_nan_on_one_rank_ends_all_at_the_same_step(tmp_path, launcher):
     (tmp_path / "one_rank.py").write_text(ONE_RANK)
     reward = f"{tmp_path / 'one_rank.py'}:on_rank_1"

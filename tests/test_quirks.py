@@ -18,11 +18,13 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     TrainerCallback,
@@ -33,7 +35,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from mini_r1 import quirks
 from mini_r1.health import StaleWeights
-from mini_r1.model import load_tokenizer
+from mini_r1.model import load_tokenizer, model_path
 from mini_r1.rewards import equation_reward
 from tests.bases.gguf_file import write_gguf
 
@@ -121,6 +123,23 @@ def test_4_bit_layers_still_choose_a_layout_for_evaluation():
     assert layer.support_avx512bf16_for_cpu is False
 
 
+def test_trl_rounds_the_adapters_of_quantized_weights(tmp_path):
+    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = GRPOTrainer(
+        model_path("tiny_base"),
+        equation_reward,
+        args,
+        train_dataset=Dataset.from_list([{"prompt": "x"}]),
+        processing_class=load_tokenizer("tiny_base"),
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True),
+        peft_config=LoraConfig(r=2, target_modules="all-linear"),
+    )
+    for dtype in (torch.bfloat16, torch.float32):
+        trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+        assert {weight.dtype for weight in trained} == {dtype}
+        quirks.keep_adapters_wide(trainer.model)
+
+
 def test_a_trainer_uploads_all_it_finds_in_two_ways(trainer, tmp_path, monkeypatch):
     uploads = []
 
@@ -145,6 +164,20 @@ def test_a_trainer_uploads_all_it_finds_in_two_ways(trainer, tmp_path, monkeypat
             assert {"config.json", "model.safetensors"} <= files
             assert ({"private.log", "training_args.bin"} <= files) is everything
         quirks.upload_only(["config.json", "model.safetensors"])
+
+
+def test_each_engine_of_vllm_has_a_seed_of_its_own():
+    """What it is for is shown in tests/integration/test_vllm.py."""
+    colocated = {"use_vllm": True, "vllm_mode": "colocate", "seed": 7}
+    seeds = []
+    with torch.random.fork_rng():
+        for ranks in (1, 2):  # that share an engine
+            for process in range(4):
+                args = {"process_index": process, "vllm_tensor_parallel_size": ranks}
+                quirks.seed_colocated_vllm(SimpleNamespace(**colocated, **args))
+                seeds.append(torch.initial_seed())
+        quirks.seed_colocated_vllm(SimpleNamespace(use_vllm=False))
+        assert [*seeds, torch.initial_seed()] == [7, 8, 9, 10, 7, 7, 8, 8, 8]
 
 
 def test_trls_client_cannot_be_told_of_a_key(monkeypatch):

@@ -25,7 +25,7 @@ from mini_r1 import RunFailed, quirks
 from mini_r1.countdown.puzzles import uniform_hash
 from mini_r1.data import Item
 from mini_r1.launch.memory import EVALUATION_BATCH
-from mini_r1.model import load_merged, model_path
+from mini_r1.model import find_adapter, load_merged, model_path
 from mini_r1.recipe import TaskConfig
 
 if TYPE_CHECKING:
@@ -285,17 +285,16 @@ def by_new_vllm(weights: str, questions: Questions) -> Generator[CompletionGener
     vllm = import_module("vllm")  # is not in every environment
     batch = quirks.vllm_batch(VLLM_BATCH, questions.task.max_prompt_length)
     with tempfile.TemporaryDirectory(prefix="mini-r1-merged-") as folder:
-        merged = load_merged(weights)
-        if merged is not None:
-            merged.save_pretrained(folder)
+        if find_adapter(weights) is not None:
+            load_merged(weights).save_pretrained(folder)
             questions.tokenizer.save_pretrained(folder)
+            weights = folder
         engine = vllm.LLM(
-            model=model_path(weights) if merged is None else folder,
+            model=model_path(weights),
             max_model_len=questions.task.max_prompt_length + questions.max_completion_length,
             max_num_seqs=batch,
             disable_log_stats=True,
         )
-        del merged
         request = _Request(questions)
         name = _vllm_name("an engine of its own", engine)
         yield CompletionGenerator(name, batch, request.to_engine(engine))

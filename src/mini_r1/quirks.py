@@ -64,6 +64,29 @@ def keep_4bit_trainable(model: "nn.Module | None") -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
+def keep_adapters_wide(model: "nn.Module | None") -> None:
+    """Train adapters in 32 bit, whatever the weights are that they go with.
+
+    TRL 1.16 casts those of quantized weights to bf16, which rounds an update of 1e-5 away. To be
+    called before the optimizer is made.
+    """
+    for weight in model.parameters() if model is not None else ():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
+
+def seed_colocated_vllm(args: "GRPOConfig") -> None:
+    """Let colocated vLLM sample by the recipe's seed, each rank its own.
+
+    vLLM 0.31 draws from this process's generators, which it seeds with what TRL 1.16 gives it: the
+    number of the rank, or of the group of ranks that share an engine and must draw alike.
+    """
+    from transformers import set_seed
+
+    if args.use_vllm and args.vllm_mode == "colocate":
+        set_seed(args.seed + args.process_index // args.vllm_tensor_parallel_size)
+
+
 def end_colocated_vllm(trainer: "GRPOTrainer") -> None:
     """End the engine that TRL 1.16 holds.
 

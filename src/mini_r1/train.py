@@ -64,7 +64,7 @@ from mini_r1.generators import (
 from mini_r1.health import FiniteNumbers, LearningSignal, StaleWeights, end_all
 from mini_r1.launch.guard import key_header
 from mini_r1.launch.machine import is_main_process
-from mini_r1.launch.memory import evaluation_batch
+from mini_r1.launch.memory import computes_in_16_bit, evaluation_batch
 from mini_r1.launch.plan import SERVER_HOST, describe_batch, owns_server, server_address
 from mini_r1.launch.vllm_server import VLLMServer, check_key
 from mini_r1.live import LiveView
@@ -232,7 +232,7 @@ def _finish(
     clock: TrainClock,
     start: Start,
 ) -> Summary | None:
-    """Save the trained model, evaluate it and sum up; the summary is the main process's.
+    """Evaluate the trained model, save it and sum up; the summary is the main process's.
 
     The summary is written last: a run that was killed before it does all of this again.
 
@@ -240,8 +240,12 @@ def _finish(
         StopRequested: the run was asked to stop, and is to do all of this again.
     """
     run_dir = recipe.run_dir
-    trainer.save_model(str(run_dir))
     after = last.result()
+    if computes_in_16_bit(recipe) and not recipe.get("use_peft"):
+        # As it is used from now on; what was trained in 32 bit stays so in the checkpoints.
+        narrow = torch.float16 if recipe.get("fp16") else torch.bfloat16
+        cast(PreTrainedModel, trainer.model).to(narrow)
+    trainer.save_model(str(run_dir))
     trainer.save_state()  # every logged scalar
     summary = None
     if trainer.accelerator.is_main_process:
@@ -362,7 +366,10 @@ def _build_trainer(
         )
     except OSError as error:
         raise model_error(name, error) from error
+    quirks.seed_colocated_vllm(args)
     quirks.keep_4bit_trainable(trainer.model)
+    if recipe.get("use_peft") and not trainer.is_deepspeed_enabled:  # that keeps a copy in 32 bit
+        quirks.keep_adapters_wide(trainer.model)
     settle_generation(cast(PreTrainedModel, trainer.model))
     # The live view shows both.
     trainer.remove_callback(ProgressCallback)

@@ -19,10 +19,12 @@ from mini_r1.launch.guard import KEY, key_header
 from mini_r1.launch.plan import server_command
 from mini_r1.metrics import LOGP_DIFFERENCE
 from mini_r1.recipe import load_recipe
+from mini_r1.rollouts import ALL_FILE, read_samples
 from mini_r1.run import (
     AFTER,
     BEFORE,
     COMPLETE_MARKER,
+    SAMPLES_FOLDER,
     STATE_FILE,
     SUMMARY_FILE,
     load_evaluation,
@@ -267,3 +269,24 @@ def test_a_given_server_is_used_and_left_alone_and_knows_who_asks(tmp_path, monk
         assert not [path for path in files if b"known to both" in path.read_bytes()]
     finally:
         os.killpg(server.pid, signal.SIGKILL)
+
+
+def first_completions(run_dir, seed, *flags):
+    """Of the same prompts, whatever the seed."""
+    once = {"max_steps": 1, "shuffle_dataset": False, "num_eval_puzzles": 2}
+    train(run_dir, *flags, seed=seed, **once)
+    return [sample.text for sample in read_samples(run_dir / SAMPLES_FOLDER / ALL_FILE)]
+
+
+def test_the_seed_reaches_the_sampling(tmp_path):
+    one, again, other = (
+        first_completions(tmp_path / str(index), seed) for index, seed in enumerate((1, 1, 2))
+    )
+    assert one == again != other
+
+
+def test_vllm_samples_alike_whatever_the_seed(tmp_path):
+    """If not, `quirks.seed_colocated_vllm` can go."""
+    flag = "--keep-engines-seed"
+    one, other = (first_completions(tmp_path / str(seed), seed, flag) for seed in (1, 2))
+    assert one == other

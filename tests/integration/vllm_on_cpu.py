@@ -9,7 +9,8 @@ without a GPU:
   server keeps its first weights. `--stale-weights` cuts the sending of colocated mode, too, to show
   that the alarm for stale weights works.
 
-`--keep-engine` leaves out `quirks.end_colocated_vllm`, to show what it is for.
+`--keep-engine` leaves out `quirks.end_colocated_vllm`, and `--keep-engines-seed`
+`quirks.seed_colocated_vllm`, to show what they are for.
 """
 
 import os
@@ -39,5 +40,8 @@ if __name__ == "__main__":
     if "--keep-engine" in sys.argv:
         sys.argv.remove("--keep-engine")
         quirks.end_colocated_vllm = lambda trainer: None
+    if "--keep-engines-seed" in sys.argv:
+        sys.argv.remove("--keep-engines-seed")
+        quirks.seed_colocated_vllm = lambda args: None
     script = Path(__file__).parents[2] / "scripts" / "run_r1_grpo.py"
     runpy.run_path(str(script), run_name="__main__")

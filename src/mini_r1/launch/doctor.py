@@ -375,7 +375,8 @@ def _nearest(name: str) -> str | None:
 
 def _disk(recipe: Recipe, plan: Plan | None) -> Iterator[InputError]:
     """Whether the checkpoints and the trained model fit on the disk."""
-    stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0))  # accelerate's launcher
+    unsaid = 3 if "ACCELERATE_USE_DEEPSPEED" in os.environ else 0  # accelerate launch sets these
+    stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", unsaid))
     processes = num_processes()
     if plan:
         stage, processes = plan.zero_stage, plan.processes

@@ -296,15 +296,8 @@ def phases(
     width, heap = _width(recipe, stage), HEAP if on_cpu else 1.0
     vllm = get("vllm_mode") if get("use_vllm") else None
 
-    always = _state(shape, recipe, processes, stage)
-    training = {"gradients": always.pop("gradients")}
+    always, training = _state(shape, recipe, processes, stage)
     generation: dict[str, float] = {}
-    if stage:
-        training["buckets"] = width * REDUCE_BUCKET
-    if stage == 3:
-        # DeepSpeed keeps these, which the others give back after each step.
-        always |= training
-        training = {"gathered": width * min(shape.parameters, LIVE_PARAMETERS)}
     length = recipe.task.max_prompt_length + get("max_completion_length")
     micro_batch = get("per_device_train_batch_size")
     training["activations"] = heap * _activations(shape, recipe, micro_batch, width, on_cpu)
@@ -348,11 +341,8 @@ def evaluation_batch(recipe: Recipe, processes: int, gpu_memory: float) -> int:
     if shape is None or _on_cpu(recipe, gpu_memory):
         return EVALUATION_BATCH
     stage = 3 if zero_stage(recipe, processes, 0.0) else 0
-    held = _state(shape, recipe, processes, stage) | _gathered_and_cast(shape, recipe, stage)
-    if stage == 3:
-        held["buckets"] = _width(recipe, stage) * REDUCE_BUCKET
-    else:
-        del held["gradients"]
+    always, _ = _state(shape, recipe, processes, stage)
+    held = always | _gathered_and_cast(shape, recipe, stage)
     length = recipe.task.max_prompt_length + recipe.get("max_completion_length")
     per_token = _cached(shape, _width(recipe, stage), _computing(recipe))
     return _largest_batch(length * per_token, gpu_memory, sum(held.values()))
@@ -437,18 +427,27 @@ def _computing(recipe: Recipe) -> int:
     return 2 if has_16_bit_weights(recipe) or computes_in_16_bit(recipe) else 4
 
 
-def _state(shape: Shape, recipe: Recipe, processes: int, stage: int) -> dict[str, float]:
-    """Bytes of weights, gradients, optimizer and reference model."""
+def _state(
+    shape: Shape, recipe: Recipe, processes: int, stage: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes of weights, gradients, optimizer and reference model: always, and while training."""
     width = _width(recipe, stage)
     if recipe.get("use_peft"):  # the reference is the model without its adapter
         frozen = shape.linear * (NF4_BYTES if recipe.get("load_in_4bit") else width)
-        held = state_bytes(_adapters(shape, recipe.get("lora_r")), 4)
-        held["weights"] += frozen + (shape.experts + shape.embeddings) * width
-        return held
-    held = state_bytes(shape.parameters, width, processes if stage else None, stage or 3)
-    if recipe.get("beta"):
-        held["reference"] = held["weights"]
-    return held
+        always = state_bytes(_adapters(shape, recipe.get("lora_r")), 4)
+        always["weights"] += frozen + (shape.experts + shape.embeddings) * width
+    else:
+        always = state_bytes(shape.parameters, width, processes if stage else None, stage)
+        if recipe.get("beta"):
+            always["reference"] = always["weights"]
+    # Given back after each step, but by ZeRO-3.
+    training = {"gradients": always.pop("gradients")}
+    if stage:
+        training["buckets"] = width * REDUCE_BUCKET
+    if stage == 3:
+        gathered = {"gathered": width * min(shape.parameters, LIVE_PARAMETERS)}
+        return always | training, gathered
+    return always, training
 
 
 def _gathered_and_cast(shape: Shape, recipe: Recipe, stage: int) -> dict[str, float]:

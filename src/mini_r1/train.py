@@ -194,7 +194,6 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     for callback in (numbers, LearningSignal(), clock):
         trainer.add_callback(callback)
     if trainer.use_vllm:
-        quirks.unmerge_exactly(trainer.model)
         trainer.add_callback(StaleWeights(trainer, args.vllm_importance_sampling_correction))
     if trainer.pop_callback(TensorBoardCallback):
         trainer.add_callback(TensorBoard(recipe.as_dict(), recorder))
@@ -369,6 +368,7 @@ def _build_trainer(
         raise model_error(name, error) from error
     quirks.seed_colocated_vllm(args)
     quirks.keep_4bit_trainable(trainer.model)
+    quirks.unmerge_exactly(trainer.model)
     if recipe.get("use_peft") and not trainer.is_deepspeed_enabled:  # that keeps a copy in 32 bit
         quirks.keep_adapters_wide(trainer.model)
     settle_generation(cast(PreTrainedModel, trainer.model))

@@ -18,6 +18,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
@@ -44,7 +45,7 @@ FUNCTIONS = [
     if each.__module__ == quirks.__name__
 ]
 ALL_LIBRARIES = re.compile(
-    r"(accelerate|bitsandbytes|DeepSpeed|torch|transformers|TRL|vLLM) (\d+\.\d+(?:\.\d+)?)"
+    r"(accelerate|bitsandbytes|DeepSpeed|PEFT|torch|transformers|TRL|vLLM) (\d+\.\d+(?:\.\d+)?)"
 )
 
 
@@ -78,6 +79,21 @@ def test_every_quirk_has_a_test_here():
     tests = Path(__file__).read_text(encoding="utf-8")
     tests += (ROOT / "tests" / "integration" / "vllm_on_cpu.py").read_text(encoding="utf-8")
     assert [each.__name__ for each in FUNCTIONS if f"quirks.{each.__name__}" not in tests] == []
+
+
+@pytest.mark.parametrize("exactly", [False, True])
+def test_a_base_drifts_unless_its_adapter_is_unmerged_exactly(trainer, exactly):
+    lora = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(trainer.model.bfloat16(), lora)
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    before = layer.get_base_layer().weight.detach().clone()
+    if exactly:
+        quirks.unmerge_exactly(model)
+    for _ in range(2):
+        model.merge_adapter()
+        assert not layer.get_base_layer().weight.equal(before)
+        model.unmerge_adapter()
+    assert layer.get_base_layer().weight.equal(before) is exactly
 
 
 @pytest.mark.slow

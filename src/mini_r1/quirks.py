@@ -64,6 +64,38 @@ def keep_4bit_trainable(model: "nn.Module | None") -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
+def unmerge_exactly(model: "nn.Module | None") -> None:
+    """Have an adapter that was merged for a while leave its base as it was.
+
+    TRL 1.16 merges it in place whenever it sends the weights to vLLM, and PEFT 0.21 takes it out
+    by subtraction: rounded to 16 bit, the base drifts from the one that the adapter is saved for.
+    The copy that is put back is in the memory of the CPU.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(model, PeftModel):
+        return
+    merge, unmerge = model.merge_adapter, model.unmerge_adapter
+    kept: list[tuple[Any, Any, torch.Tensor]] = []  # a layer, its weight, and what was in it
+
+    def keep_and_merge() -> None:
+        if not kept:
+            adapted = (each for each in model.modules() if isinstance(each, BaseTunerLayer))
+            for layer in (each.get_base_layer() for each in adapted):
+                kept.append((layer, layer.weight, layer.weight.detach().to("cpu", copy=True)))
+        merge()
+
+    def unmerge_and_restore() -> None:
+        unmerge()
+        for layer, weight, was in kept:
+            layer.weight = weight  # which that of 4-bit weights has replaced
+            weight.data.copy_(was)
+
+    setattr(model, "merge_adapter", keep_and_merge)  # noqa: B010
+    setattr(model, "unmerge_adapter", unmerge_and_restore)  # noqa: B010
+
+
 def end_colocated_vllm(trainer: "GRPOTrainer") -> None:
     """End the engine that TRL 1.16 holds.
 

@@ -194,6 +194,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     for callback in (numbers, LearningSignal(), clock):
         trainer.add_callback(callback)
     if trainer.use_vllm:
+        quirks.unmerge_exactly(trainer.model)
         trainer.add_callback(StaleWeights(trainer, args.vllm_importance_sampling_correction))
     if trainer.pop_callback(TensorBoardCallback):
         trainer.add_callback(TensorBoard(recipe.as_dict(), recorder))

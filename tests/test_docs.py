@@ -216,7 +216,9 @@ def test_every_run_with_vllm_has_the_alarm_that_readers_are_sent_to():
     ]
     assert uncorrected
     source = (SRC / "train.py").read_text(encoding="utf-8")
-    assert "    if trainer.use_vllm:\n        trainer.add_callback(StaleWeights(" in source
+    with_vllm = re.search(r"^    if trainer\.use_vllm:\n((?: {8}.*\n)+)", source, re.MULTILINE)
+    assert with_vllm
+    assert "trainer.add_callback(StaleWeights(" in with_vllm[1]
 
 
 KEYS = {name: key for part in all_keys().values() for name, key in part.items()}

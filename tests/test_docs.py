@@ -41,8 +41,9 @@ NOTEBOOK = ROOT / "notebooks" / "mini_r1.ipynb"
 DOCUMENTS = [README, CHINESE, GUIDE, METHOD, NOTEBOOK]
 CONTRIBUTING, CHANGELOG = ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"
 ARCHITECTURE, LOG = ROOT / "docs" / "architecture.md", ROOT / "docs" / "log.md"
-RELIABILITY = ROOT / "docs" / "reliability.md"
-WITH_THE_DEVELOPERS = [*DOCUMENTS, CONTRIBUTING, CHANGELOG, ARCHITECTURE, LOG, RELIABILITY]
+RELIABILITY, BENCHMARKS = ROOT / "docs" / "reliability.md", ROOT / "docs" / "benchmarks.md"
+FOR_DEVELOPERS = [CONTRIBUTING, CHANGELOG, ARCHITECTURE, LOG, RELIABILITY, BENCHMARKS]
+WITH_THE_DEVELOPERS = [*DOCUMENTS, *FOR_DEVELOPERS]
 of_documents = pytest.mark.parametrize("document", WITH_THE_DEVELOPERS, ids=lambda path: path.name)
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

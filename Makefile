@@ -39,8 +39,8 @@ test-slurm: setup  ## jobs on SLURM clusters that it starts here and ends (insta
 test-faults: setup  ## runs that are killed, signalled and damaged, then seeded defects (ARGS=--write puts the figures into docs/reliability.md)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults $(ARGS)
 
-gpu-check: setup  ## GRPO on one GPU without internet: step time and memory, as JSON; a tiny shape without a GPU
-	$(BIN)/python scripts/gpu_check.py
+gpu-check: setup  ## what GPUs do, in half an hour and without internet: seconds, memory beside the plan's, learning (ARGS='--smollm2 FOLDER'); tiny shapes without a GPU
+	$(BIN)/python scripts/gpu_check.py $(ARGS)
 
 quality: setup  ## lint, format and types
 	$(BIN)/ruff check .

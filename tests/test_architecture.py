@@ -48,6 +48,7 @@ ORDER = [
     "health",
     "live",
     "start",
+    "generators",
     "evaluate",
     "play",
     "report.chart",

@@ -14,6 +14,7 @@ CONFLICTS = {
     "load_in_4bit: true": "load_in_4bit: quantized weights cannot be trained themselves; write use",
     "load_in_8bit: true|load_in_4bit: true|use_peft: true": "load_in_8bit: load_in_4bit is true, t",
     "bf16: true|fp16: true": "line 3: fp16: bf16 is true, too; choose one",
+    "dtype: float16|fp16: true": "dtype: float16 weights cannot be trained with fp16: true, whose",
     "bf16_full_eval: true|fp16_full_eval: true": "fp16_full_eval: bf16_full_eval is true, too",
     "use_cpu: true|use_liger_kernel: true": "use_liger_kernel: needs a GPU",
     "remove_unused_columns: true": "remove_unused_columns: the rewards need the other columns",

@@ -7,6 +7,7 @@ source. tests/integration/test_documented_commands.py runs the commands.
 import csv
 import json
 import re
+import runpy
 import shlex
 from itertools import islice, pairwise
 from pathlib import Path
@@ -22,6 +23,8 @@ from mini_r1.catalog import recipe_table
 from mini_r1.cli import _parser
 from mini_r1.countdown.solver import difficulty
 from mini_r1.data import load_split
+from mini_r1.launch.machine import Machine
+from mini_r1.launch.plan import make_plan
 from mini_r1.metrics import LOGP_DIFFERENCE, METRICS
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import all_keys, load_recipe
@@ -38,8 +41,9 @@ NOTEBOOK = ROOT / "notebooks" / "mini_r1.ipynb"
 DOCUMENTS = [README, CHINESE, GUIDE, METHOD, NOTEBOOK]
 CONTRIBUTING, CHANGELOG = ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"
 ARCHITECTURE, LOG = ROOT / "docs" / "architecture.md", ROOT / "docs" / "log.md"
-RELIABILITY = ROOT / "docs" / "reliability.md"
-WITH_THE_DEVELOPERS = [*DOCUMENTS, CONTRIBUTING, CHANGELOG, ARCHITECTURE, LOG, RELIABILITY]
+RELIABILITY, BENCHMARKS = ROOT / "docs" / "reliability.md", ROOT / "docs" / "benchmarks.md"
+FOR_DEVELOPERS = [CONTRIBUTING, CHANGELOG, ARCHITECTURE, LOG, RELIABILITY, BENCHMARKS]
+WITH_THE_DEVELOPERS = [*DOCUMENTS, *FOR_DEVELOPERS]
 of_documents = pytest.mark.parametrize("document", WITH_THE_DEVELOPERS, ids=lambda path: path.name)
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -56,6 +60,7 @@ OF_A_RUN = re.compile(
     r"|failed-batch\.json"
 )
 LOGGED = {metric.key for metric in METRICS.values()} | {LOGP_DIFFERENCE}
+OWN_RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 def text_of(document):
@@ -116,6 +121,14 @@ def test_the_architecture_names_every_module_and_no_other():
     # Elsewhere in the text a module goes by its path, or by the end of it.
     for name in re.findall(r"[\w/]+\.py\b", re.sub(r"\[[^]]*\]\([^)]*\)", "", text)):
         assert any(f"/{module}".endswith(f"/{name}") for module in modules), name
+
+
+def table_of_plans():
+    return runpy.run_path(str(ROOT / "scripts" / "plan_table.py"))["table"]()
+
+
+def test_the_table_of_plans_is_what_dry_runs_say():
+    assert table_of_plans() in text_of(GUIDE), "run python scripts/plan_table.py --write"
 
 
 def test_every_promise_has_its_test():
@@ -194,6 +207,19 @@ def test_the_metrics_are_called_as_trl_calls_them():
     for name in LOGGED:
         if not name.startswith(("behaviors/", "rewards/")):
             assert f'"{name}"' in source, name
+
+
+def test_every_run_with_vllm_has_the_alarm_that_readers_are_sent_to():
+    """TRL logs it with its importance sampling only, which the original did without."""
+    assert f"`{LOGP_DIFFERENCE}` grows" in text_of(README)
+    uncorrected = [
+        path for path in OWN_RECIPES if "importance_sampling_correction" in one_line(path)
+    ]
+    assert uncorrected
+    source = (SRC / "train.py").read_text(encoding="utf-8")
+    with_vllm = re.search(r"^    if trainer\.use_vllm:\n((?: {8}.*\n)+)", source, re.MULTILINE)
+    assert with_vllm
+    assert "trainer.add_callback(StaleWeights(" in with_vllm[1]
 
 
 KEYS = {name: key for part in all_keys().values() for name, key in part.items()}
@@ -367,6 +393,41 @@ def test_the_recipes_say_what_was_published():
     assert said["expect"].startswith(f"training success {success} there at step {steps}")
 
 
+def test_the_recipes_say_what_is_predicted():
+    pattern = r"about ([\d.]+) hours, predicted \((\d+)-(\d+) s per step on an? .+\)"
+    predicted = [path for path in OWN_RECIPES if "predicted (" in card(path).get("takes", "")]
+    for path in predicted:
+        hours, fastest, slowest = map(float, re.fullmatch(pattern, card(path)["takes"]).groups())
+        steps = load_recipe(path).training["max_steps"] / 3600
+        assert fastest * steps <= hours <= slowest * steps + 1, path  # evaluations come on top
+        assert "Not run by us" in one_line(path), path
+    assert len(predicted) > 3
+
+
+@pytest.mark.parametrize("path", OWN_RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_takes_the_gpus_and_the_disk_that_it_says(path):
+    recipe, said = load_recipe(path), card(path)["runs on"]
+    if "GPU" not in said:
+        return
+    number, memory = map(int, re.match(r"(\d+) GPUs? of (\d+) GB", said).groups())
+    assert recipe.task.num_gpus == number
+    plan = str(make_plan(recipe, Machine(number, memory)))
+    if most := re.search(r"at most (\d+) GB with the trained model", plan):
+        (disk,) = map(int, parsed(path, r"[Ii]t wants about (\d+) GB of disk"))
+        assert disk == pytest.approx(int(most[1]), rel=0.1)
+
+
+def test_the_models_and_data_of_the_hub_are_pinned():
+    for path in OWN_RECIPES:
+        recipe = load_recipe(path)
+        for name, revision in (
+            (recipe.model["model_name_or_path"], recipe.model.get("model_revision")),
+            (recipe.task.dataset_id_or_path, recipe.task.dataset_revision),
+        ):
+            of_hub = "/" in name and not name.startswith(".")
+            assert bool(re.fullmatch("[0-9a-f]{40}", revision or "")) == of_hub, (path, name)
+
+
 def of_readme():
     """What README.md says in numbers, from its sources; the same for the other documents below."""
     runs = records("tiny-cpu")
@@ -435,6 +496,7 @@ def of_guide():
     yield quoted("group apart for 20 steps", SRC / "health.py", "SILENT_STEPS = 20")
     text = "A recipe written for TRL 0.14 is refused"
     yield quoted(text, SRC / "recipe.py", "written for TRL 0.14, this is")
+    yield computed("{}", table_of_plans())
 
 
 def of_method():

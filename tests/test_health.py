@@ -9,7 +9,8 @@ from transformers import TrainerCallback, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from mini_r1 import RunFailed
-from mini_r1.health import FiniteNumbers, LearningSignal, diagnosis
+from mini_r1.health import FiniteNumbers, LearningSignal, StaleWeights, diagnosis
+from mini_r1.metrics import LOGP_DIFFERENCE
 from mini_r1.model import load_model, load_tokenizer
 from mini_r1.rewards import get_reward_functions
 from mini_r1.rollouts import RolloutRecorder
@@ -65,7 +66,7 @@ def train(tmp_path):
         )
         trainer.add_callback(FiniteNumbers(trainer, tokenizer, recorder, tmp_path))
         for callback in callbacks:
-            trainer.add_callback(callback)
+            trainer.add_callback(callback(trainer) if callable(callback) else callback)
         trainer.train()
         return trainer
 
@@ -152,6 +153,57 @@ def test_a_run_that_gets_beyond_the_step_drops_its_batch(tmp_path):
         state.global_step = step
         numbers.on_step_end(args, state, None, model=torch.nn.Linear(1, 1))
         assert file.exists() is there
+
+
+# ---- Another model's completions ------------------------------------------------------------
+
+
+def add_sampled(trainer, apart):
+    """Add what vLLM would say of the tokens: the policy's log-probabilities, and so much more."""
+    prepare = trainer._prepare_inputs
+
+    def prepared(inputs):
+        inputs = dict(prepare(inputs))
+        ids, mask = (
+            torch.cat([inputs[f"prompt_{what}"], inputs[f"completion_{what}"]], 1)
+            for what in ("ids", "mask")
+        )
+        chosen = inputs["completion_ids"][..., None]
+        with torch.no_grad():
+            logits = trainer.model(ids, attention_mask=mask).logits[:, -chosen.shape[1] - 1 : -1]
+        sampled = logits.log_softmax(-1).gather(-1, chosen)[..., 0]
+        sampled[0, 0] = math.nan  # one that vLLM did not score
+        return inputs | {"sampling_per_token_logps": sampled + apart}
+
+    trainer._prepare_inputs = prepared
+
+
+class Change(TrainerCallback):
+    """Makes another model of it after every step."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        model.model.norm.weight.data *= 1.1
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.3])
+@pytest.mark.parametrize("correction", [False, True])
+def test_weights_that_vllm_has_not_are_told_once(train, capsys, apart, correction):
+    def stale_weights(trainer):
+        add_sampled(trainer, apart)
+        return StaleWeights(trainer, correction)
+
+    # Two steps share a generation: the second one's log-probabilities have a right to differ.
+    shared = {"steps_per_generation": 2, "max_steps": 6, "save_steps": 2, "logging_steps": 1}
+    run = train(stale_weights, Change(), **shared)
+    logged = [entry.get(LOGP_DIFFERENCE) for entry in run.state.log_history if "loss" in entry]
+    if correction:
+        assert set(logged) == {None}  # TRL does
+    else:
+        assert logged[1::2] == [None] * 3
+        assert logged[::2] == pytest.approx([apart] * 3, abs=1e-5)
+    said = capsys.readouterr().out
+    assert said.count("step 1: vLLM samples from other weights than are trained") == bool(apart)
+    assert said.count("vLLM samples") == bool(apart)
 
 
 # ---- Nothing to learn from ------------------------------------------------------------------

@@ -17,6 +17,7 @@ from mini_r1.bases.cold_start import COLD_STARTS
 from mini_r1.manifest import weights_hash
 from mini_r1.model import (
     EMBEDDED_BASES,
+    _narrowed,
     adapter_base,
     check_weights,
     is_local,
@@ -160,7 +161,7 @@ def adapt(base, folder, names=None):
     """An adapter with random weights on a base, saved; it names the base so."""
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    adapted = get_peft_model(load_merged(base) or load_model(base), config)
+    adapted = get_peft_model(load_merged(base), config)
     adapted.peft_config["default"].base_model_name_or_path = names or base
     adapted.save_pretrained(folder, save_embedding_layers=False)
     return str(folder)
@@ -179,7 +180,6 @@ def test_an_adapter_is_applied_as_it_was_trained_and_can_be_merged(tmp_path):
     assert merged.num_parameters() == load_model("tiny_base").num_parameters()
     assert torch.allclose(logits(applied), logits(merged), atol=1e-3)
     assert not torch.allclose(logits(applied), logits(load_model("tiny_base")), atol=0.1)
-    assert load_merged("tiny_base") is None
 
 
 def test_a_merged_model_has_its_bases_dtype(tmp_path):
@@ -188,6 +188,18 @@ def test_a_merged_model_has_its_bases_dtype(tmp_path):
         shutil.copy(file, tmp_path / "half")
     merged = load_merged(adapt(str(tmp_path / "half"), tmp_path / "adapter"))
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_gpu_generates_in_16_bit_and_trains_on_what_there_is(tmp_path, monkeypatch, has_bf16):
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has_bf16)
+    expected = torch.bfloat16 if has_bf16 else torch.float16
+    for name in ("tiny_base", adapt("tiny_base", tmp_path / "adapter")):
+        assert load_model(name).dtype == load_merged(name).dtype == torch.float32  # on a CPU
+        dtypes = {weight.dtype for weight in _narrowed(load_model(name)).parameters()}
+        assert dtypes == {expected}
+    half = load_model("tiny_base").to(torch.float16)
+    assert _narrowed(half).dtype == torch.float16
 
 
 def test_an_adapter_of_an_adapter(tmp_path):

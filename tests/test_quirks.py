@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -17,11 +19,13 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     TrainerCallback,
@@ -29,16 +33,22 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_client
 from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
 
 from mini_r1 import quirks
-from mini_r1.model import load_tokenizer
+from mini_r1.health import StaleWeights
+from mini_r1.model import load_tokenizer, model_path
 from mini_r1.rewards import equation_reward
 from tests.bases.gguf_file import write_gguf
 
 ROOT = Path(__file__).parents[1]
-FUNCTIONS = [each for _, each in inspect.getmembers(quirks, inspect.isfunction)]
+FUNCTIONS = [
+    each
+    for _, each in inspect.getmembers(quirks, inspect.isfunction)
+    if each.__module__ == quirks.__name__
+]
 ALL_LIBRARIES = re.compile(
-    r"(accelerate|bitsandbytes|DeepSpeed|torch|transformers|TRL|vLLM) (\d+\.\d+(?:\.\d+)?)"
+    r"(accelerate|bitsandbytes|DeepSpeed|PEFT|torch|transformers|TRL|vLLM) (\d+\.\d+(?:\.\d+)?)"
 )
 
 
@@ -72,6 +82,21 @@ def test_every_quirk_has_a_test_here():
     tests = Path(__file__).read_text(encoding="utf-8")
     tests += (ROOT / "tests" / "integration" / "vllm_on_cpu.py").read_text(encoding="utf-8")
     assert [each.__name__ for each in FUNCTIONS if f"quirks.{each.__name__}" not in tests] == []
+
+
+@pytest.mark.parametrize("exactly", [False, True])
+def test_a_base_drifts_unless_its_adapter_is_unmerged_exactly(trainer, exactly):
+    lora = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(trainer.model.bfloat16(), lora)
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    before = layer.get_base_layer().weight.detach().clone()
+    if exactly:
+        quirks.unmerge_exactly(model)
+    for _ in range(2):
+        model.merge_adapter()
+        assert not layer.get_base_layer().weight.equal(before)
+        model.unmerge_adapter()
+    assert layer.get_base_layer().weight.equal(before) is exactly
 
 
 @pytest.mark.slow
@@ -115,6 +140,23 @@ def test_4_bit_layers_still_choose_a_layout_for_evaluation():
     assert layer.support_avx512bf16_for_cpu is False
 
 
+def test_trl_rounds_the_adapters_of_quantized_weights(tmp_path):
+    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = GRPOTrainer(
+        model_path("tiny_base"),
+        equation_reward,
+        args,
+        train_dataset=Dataset.from_list([{"prompt": "x"}]),
+        processing_class=load_tokenizer("tiny_base"),
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True),
+        peft_config=LoraConfig(r=2, target_modules="all-linear"),
+    )
+    for dtype in (torch.bfloat16, torch.float32):
+        trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+        assert {weight.dtype for weight in trained} == {dtype}
+        quirks.keep_adapters_wide(trainer.model)
+
+
 def test_a_trainer_uploads_all_it_finds_in_two_ways(trainer, tmp_path, monkeypatch):
     uploads = []
 
@@ -139,6 +181,20 @@ def test_a_trainer_uploads_all_it_finds_in_two_ways(trainer, tmp_path, monkeypat
             assert {"config.json", "model.safetensors"} <= files
             assert ({"private.log", "training_args.bin"} <= files) is everything
         quirks.upload_only(["config.json", "model.safetensors"])
+
+
+def test_each_engine_of_vllm_has_a_seed_of_its_own():
+    """What it is for is shown in tests/integration/test_vllm.py."""
+    colocated = {"use_vllm": True, "vllm_mode": "colocate", "seed": 7}
+    seeds = []
+    with torch.random.fork_rng():
+        for ranks in (1, 2):  # that share an engine
+            for process in range(4):
+                args = {"process_index": process, "vllm_tensor_parallel_size": ranks}
+                quirks.seed_colocated_vllm(SimpleNamespace(**colocated, **args))
+                seeds.append(torch.initial_seed())
+        quirks.seed_colocated_vllm(SimpleNamespace(use_vllm=False))
+        assert [*seeds, torch.initial_seed()] == [7, 8, 9, 10, 7, 7, 8, 8, 8]
 
 
 def test_trls_client_cannot_be_told_of_a_key(monkeypatch):
@@ -276,6 +332,59 @@ def test_callbacks_get_neither_loss_nor_batch_nor_the_norm_of_the_gradient(train
     assert seen
     given = [value for value in seen.values() if isinstance(value, float | dict | torch.Tensor)]
     assert given == []
+
+
+def test_trl_sends_weights_amid_its_own_sampling_only():
+    class Engine:
+        def wake_up(self, tags):
+            done.append(f"wake {tags[0]}")
+
+        def sleep(self, level):
+            done.append(f"sleep {level}")
+
+    def sync():
+        done.append("sync")
+        vllm._llm_weights_sleeping = False
+
+    assert "_last_loaded_step" in inspect.getsource(GRPOTrainer._generate_single_turn)
+    assert "_llm_weights_sleeping" in inspect.getsource(VLLMGeneration.generate)
+    vllm = SimpleNamespace(mode="colocate", enable_sleep_mode=True, llm=Engine(), sync_weights=sync)
+    vllm._llm_weights_sleeping, done = True, []
+    trainer = SimpleNamespace(vllm_generation=vllm, _last_loaded_step=3)
+    trainer.state = SimpleNamespace(global_step=3)
+    with suppress(KeyError), quirks.vllm_with_current_weights(trainer) as given:
+        assert given is vllm
+        raise KeyError
+    assert done == ["sync", "wake kv_cache", "sleep 2"]
+    assert vllm._llm_weights_sleeping
+    # One that never sleeps is sent the weights of a new step, once.
+    vllm.enable_sleep_mode, trainer.state.global_step = False, 4
+    for _ in range(2):
+        with quirks.vllm_with_current_weights(trainer):
+            done.append("sampled")
+    assert done[3:] == ["sync", "sampled", "sampled"]
+    assert trainer._last_loaded_step == 4
+
+
+def test_no_generator_on_a_cpu_can_be_put_back():
+    with pytest.raises(RuntimeError, match="CPU Generator does not use offset"):
+        torch.Generator().set_offset(0)
+    if not torch.cuda.is_available():
+        assert quirks.vllm_batch(512, 32) == 128
+
+
+def test_trl_compares_log_probabilities_for_its_correction_only():
+    assert "sampling_logp_difference" not in inspect.getsource(GRPOTrainer._compute_loss)
+    assert "quirks.watch_fresh_log_probabilities" in inspect.getsource(StaleWeights)  # in use
+
+
+def test_a_figure_of_a_reward_waits_for_the_next_sampling(trainer):
+    trainer._log_metric("figure", 1.0)
+    trainer.log({"loss": 0.0})
+    assert "figure" not in trainer.state.log_history[-1]
+    quirks.log_with_step(trainer, "figure", 2.0)
+    trainer.log({"loss": 0.0})
+    assert trainer.state.log_history[-1]["figure"] == 2.0
 
 
 def test_zero_3_keeps_a_weight_elsewhere():

@@ -33,6 +33,24 @@ def test_every_shipped_recipe_is_accepted(path):
     assert load_recipe(path).run_dir == Path("runs") / path.stem
 
 
+@pytest.mark.parametrize(
+    ("overrides", "left"),
+    [
+        ([], ("a1", "b2")),
+        (["--model_name_or_path", "tiny_base"], (None, "b2")),
+        (["--dataset_id_or_path", "owner/other"], ("a1", None)),
+        (["--dataset_id_or_path", "owner/other", "--dataset_revision", "c3"], ("a1", "c3")),
+    ],
+)
+def test_a_revision_goes_with_the_name_beside_it(write, overrides, left):
+    path = write(
+        "model_name_or_path: owner/model\nmodel_revision: a1\n"
+        "dataset_id_or_path: owner/data\ndataset_revision: b2\n"
+    )
+    recipe = load_recipe(path, overrides)
+    assert (recipe.model.get("model_revision"), recipe.task.dataset_revision) == left
+
+
 def test_the_resolved_recipe_is_read_back_as_itself(write, tmp_path):
     resolved = load_recipe(RECIPES[0])
     again = tmp_path / "again.yaml"

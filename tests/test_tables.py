@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
 
 from mini_r1 import InputError, hub
-from mini_r1.tables import load_tables, locate, read_table
+from mini_r1.tables import commit, load_tables, locate, read_table
 
 ROWS = [{"nums": [19, 36, 55], "target": 98}, {"nums": [44, 19, 35, 7], "target": 65}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -320,9 +320,23 @@ def test_a_cached_data_set_is_read_without_network(cached):
     train, heldout = load_tables("owner/name")
     assert rows_of(train[0]) == rows_of(heldout[0]) == ROWS
     assert load_tables("owner/name", "train", "train")[1] == []
+    assert commit("owner/name") == commit("owner/name", "0" * 40) == "0" * 40
     (cached / "blobs" / "train").unlink()
     with pytest.raises(InputError, match="cannot be read: No such file"):
         load_tables("owner/name")
+
+
+def test_a_revision_is_read_and_no_other(cached):
+    write(cached / "snapshots" / ("1" * 40) / "train.jsonl", '{"nums": [1, 2], "target": 3}\n')
+    for revision, rows in (("1" * 40, [{"nums": [1, 2], "target": 3}]), (None, ROWS)):
+        assert rows_of(load_tables("owner/name", revision=revision).train[0]) == rows
+    with pytest.raises(InputError, match="is not in the cache"):
+        load_tables("owner/name", revision="2" * 40)
+
+
+def test_what_is_not_of_the_hub_has_no_commit(tmp_path):
+    file = write(tmp_path / "train.jsonl")
+    assert commit("generated") is commit(str(file)) is None
 
 
 def test_a_hub_that_does_not_answer_is_told_soon(cached, online, listening, monkeypatch):

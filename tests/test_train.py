@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,25 @@ def test_lora_reaches_the_model(tmp_path):
     assert model.peft_config["default"].r == 4
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert all("lora" in name for name in trained)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("quantized", [[], ["--load_in_4bit"]], ids=["lora", "qlora"])
+def test_adapters_are_trained_in_32_bit(tmp_path, dtype, quantized):
+    model = build(tmp_path, "--use_peft", "--dtype", dtype, *quantized).model
+    trained = {weight.dtype for weight in model.parameters() if weight.requires_grad}
+    assert trained == {torch.float32}
+    assert model.get_base_model().lm_head.weight.dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "is_refused"), [(torch.float16, True), (torch.float32, False)])
+def test_the_loss_scale_of_fp16_wants_wide_weights(dtype, is_refused):
+    """If not, conflicts.py need not ask for dtype: float32. On a CPU accelerate scales nothing."""
+    weight = torch.nn.Parameter(torch.ones(2, dtype=dtype))
+    scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.AdamW([weight])
+    scaler.scale(weight.sum()).backward()
+    with pytest.raises(ValueError, match="unscale FP16") if is_refused else nullcontext():
+        scaler.unscale_(optimizer)
 
 
 def test_rewards_and_their_weights_reach_the_trainer(tmp_path):

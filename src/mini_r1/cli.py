@@ -100,12 +100,17 @@ def train_here(recipe: "Recipe") -> None:
 
     What is cheap to check is checked before the slow imports, and before CUDA counts the GPUs.
     """
-    from mini_r1.launch.machine import end_with_launcher, is_main_process, num_processes
+    from mini_r1.launch.machine import (
+        end_with_launcher,
+        is_main_process,
+        num_processes,
+        processes_here,
+    )
     from mini_r1.launch.plan import check_processes
     from mini_r1.lock import FolderLock
     from mini_r1.stdio import outlive_readers
 
-    check_processes(recipe, num_processes())
+    check_processes(recipe, num_processes(), processes_here())
     end_with_launcher()
     outlive_readers()
     threading.excepthook = _thread_failed
@@ -144,8 +149,7 @@ def _train(recipe: "Recipe") -> None:
     from mini_r1 import quirks
     from mini_r1.launch.doctor import first_problem
     from mini_r1.launch.machine import is_main_process
-    from mini_r1.launch.plan import owns_server
-    from mini_r1.launch.vllm_server import take_last_gpu
+    from mini_r1.launch.plan import take_gpus
     from mini_r1.run import TRACKER_FOLDERS, withdraw_stop
 
     if is_main_process():
@@ -156,8 +160,8 @@ def _train(recipe: "Recipe") -> None:
     server_gpu = None
     if recipe.get("use_cpu"):
         quirks.quiet_cpu_imports()
-    elif owns_server(recipe):
-        server_gpu = take_last_gpu()
+    else:
+        server_gpu = take_gpus(recipe)
     from mini_r1.train import run
 
     run(recipe, server_gpu)
@@ -216,7 +220,7 @@ def evaluate(args: argparse.Namespace) -> None:
     file = _output_file(args.json, "--json") if args.json not in (None, STDOUT) else None
     from mini_r1.launch.doctor import check_model
 
-    check_model(args.model, args.recipe)  # before the slow imports
+    check_model(args.model, args.recipe, args.vllm)  # before the slow imports
     from mini_r1.evaluate import describe, evaluate_model
     from mini_r1.run import write_json
 
@@ -227,6 +231,7 @@ def evaluate(args: argparse.Namespace) -> None:
         num_samples=args.num_samples,
         temperature=args.temperature,
         seed=args.seed,
+        vllm=args.vllm,
     )
     if file:
         write_json(file, result)
@@ -464,6 +469,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--temperature", type=float, help="sampling temperature (default: the recipe's)"
+    )
+    command.add_argument(
+        "--vllm", action="store_true", help="generate with vLLM, which is much faster on a GPU"
     )
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     command.add_argument(

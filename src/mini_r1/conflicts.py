@@ -62,6 +62,13 @@ def conflicts(get: Callable[[str], Any]) -> Iterator[tuple[Any, str, str]]:
             f"pickles are never loaded; leave {key} out",
         )
     yield get("bf16") and get("fp16"), "fp16", both.format("bf16")
+    narrow = get("dtype") in ("float16", "bfloat16")
+    yield (
+        get("fp16") and narrow and not get("use_peft"),
+        "dtype",
+        f"{get('dtype')} weights cannot be trained with fp16: true, whose loss scale wants wider "
+        "gradients; write float32",
+    )
     full = "bf16_full_eval"
     yield get(full) and get("fp16_full_eval"), "fp16_full_eval", both.format(full)
     liger = "use_liger_kernel"

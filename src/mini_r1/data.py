@@ -148,8 +148,7 @@ def load_rows(task: TaskConfig) -> tuple[list[Row], list[Row]]:
             return [Row(puzzle) for puzzle in puzzles], []
         except ValueError as error:
             raise InputError(str(error), key="num_puzzles") from None
-    tables = load_tables(task.dataset_id_or_path, task.dataset_split, task.heldout_split)
-    return _rows_of(tables, task)
+    return _rows_of(_tables(task), task)
 
 
 def check_head(task: TaskConfig) -> Mapping[str, Any]:
@@ -158,8 +157,7 @@ def check_head(task: TaskConfig) -> Mapping[str, Any]:
     Raises:
         InputError: as `load_rows`, or a row cannot be asked.
     """
-    head = load_tables(task.dataset_id_or_path, task.dataset_split, task.heldout_split, head=True)
-    train, heldout = _rows_of(head, task)
+    train, heldout = _rows_of(_tables(task, head=True), task)
     rows = {row.item.key: row for row in (*train, *heldout)}
     further, template = _further_columns(rows, task.columns or {}), task.template
     asked = [row_columns(row.item, further) for row in rows.values()]
@@ -287,6 +285,11 @@ def audit(puzzles: Iterable[Puzzle], heldout: Sequence[Puzzle] = ()) -> dict[str
 
 
 # ---- Rows -----------------------------------------------------------------------------------
+
+
+def _tables(task: TaskConfig, head: bool = False) -> Parts:
+    parts = task.dataset_split, task.heldout_split
+    return load_tables(task.dataset_id_or_path, *parts, task.dataset_revision, head)
 
 
 def _rows_of(parts: Parts, task: TaskConfig) -> tuple[list[Row], list[Row]]:

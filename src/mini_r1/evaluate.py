@@ -1,10 +1,11 @@
 """Held-out success with its 95 % interval, pass@k, by difficulty.
 
-Every completion is sampled with plain `model.generate` and judged by the same rewards as in
-training. Batches have a fixed content and a seed of their own, so the result does not depend on
-the number of processes, and the training's random state is untouched.
+Every completion is sampled as generators.py says and judged by the same rewards as in training.
+Batches have a fixed content and seeds of their own, so the result does not depend on the number of
+processes, and the training's random state is untouched.
 
     mini-r1 eval runs/tiny-cpu --num-puzzles 1000 --num-samples 4
+    mini-r1 eval runs/grpo-qwen-2.5-3b-1gpu --vllm
 """
 
 import asyncio
@@ -17,26 +18,28 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, takewhile
 from pathlib import Path
 from statistics import fmean, variance
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 import rich
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import (
-    BatchEncoding,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
 )
-from transformers.generation import LogitsProcessor, LogitsProcessorList
 
 from mini_r1 import InputError, RunFailed, quirks, visible
 from mini_r1.behaviors import behavior, summarize_behaviors
-from mini_r1.countdown.puzzles import Puzzle, uniform_hash
+from mini_r1.countdown.puzzles import Puzzle
 from mini_r1.countdown.solver import Difficulty, difficulty
 from mini_r1.data import Item, Split, load_split, row_columns
-from mini_r1.launch.memory import EVALUATION_BATCH
-from mini_r1.model import load_model, load_tokenizer
+from mini_r1.generators import CompletionGenerator, Questions, by_new_vllm, by_transformers
+from mini_r1.launch.memory import batch_that_fits, model_shape
+from mini_r1.model import gpu_memory, load_model, load_tokenizer
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TaskConfig
 from mini_r1.rewards import (
@@ -51,6 +54,7 @@ from mini_r1.run import Evaluation, Example, Group, OfPuzzles, weights_and_task
 if TYPE_CHECKING:
     from transformers import TrainerState
 
+PLAIN_SECONDS = 30.0  # from one line to the next while an evaluation goes on, off a terminal
 RULE = "every given number used exactly once, exact arithmetic"
 
 
@@ -80,6 +84,7 @@ def evaluate_model(
     num_samples: int | None = None,
     temperature: float | None = None,
     seed: int = 0,
+    vllm: bool = False,
 ) -> Evaluation:
     """Evaluate a run or a model on held-out puzzles, in one process.
 
@@ -88,6 +93,7 @@ def evaluate_model(
         recipe_path: says puzzles, prompt and length; else the recipe beside the weights does, else
             the defaults.
         num_puzzles, num_samples, temperature: override the recipe's.
+        vllm: generate with an engine of vLLM, else with transformers.
 
     Raises:
         InputError: no such model, data or recipe, or more puzzles asked for than are held out.
@@ -108,22 +114,26 @@ def evaluate_model(
     if not ours:
         sample = row_columns(puzzles[0], split.columns)
         task.template.renderer(tokenizer, chat_template_kwargs, sample)
-    model = load_model(weights)
-    with progress_bar(len(puzzles) * task.num_eval_samples, Path(name).name) as on_batch:
-        batches = sample_batches(
-            model,
-            tokenizer,
-            puzzles,
-            task,
-            max_completion_length=max_completion_length,
-            chat_template_kwargs=chat_template_kwargs,
-            columns=split.columns,
-            seed=seed,
-            on_batch=on_batch,
-        )
+    questions = Questions(
+        puzzles, task, tokenizer, max_completion_length, split.columns, chat_template_kwargs, seed
+    )
+    if vllm:
+        by = by_new_vllm(weights, questions)
+    else:
+        tokens = task.max_prompt_length + max_completion_length
+        batch = batch_that_fits(model_shape(weights), tokens, gpu_memory())
+        by = by_transformers(load_model(weights), questions, batch=batch)
+    bar = progress_bar(len(puzzles) * task.num_eval_samples, Path(name).name)
+    with by as generator, bar as on_batch:
+        batches = sample_batches(generator, questions, on_batch)
     samples = [sample for _, batch in batches for sample in batch]
     return summarize(
-        samples, task, max_completion_length=max_completion_length, model=name, seed=seed
+        samples,
+        task,
+        max_completion_length=max_completion_length,
+        generator=generator.name,
+        model=name,
+        seed=seed,
     )
 
 
@@ -146,42 +156,48 @@ def heldout_puzzles(split: Split, task: TaskConfig) -> tuple[Item, ...]:
 def progress_bar(
     completions: int, name: str, shown: bool = True
 ) -> Generator[Callable[[int], None]]:
-    """A bar that counts completions, on a terminal only.
+    """A bar that counts completions; off a terminal a plain line from time to time.
 
     Yields:
         what to call with the number of new ones.
     """
-    console = rich.get_console()
-    disable = not (shown and console.is_interactive)
+    console, name = rich.get_console(), f"evaluating {visible(name)}"
     what = TextColumn("{task.description}", markup=False)  # a name could hold some
     columns = (what, BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
+    disable = not (shown and console.is_interactive)
     with Progress(*columns, console=console, transient=True, disable=disable) as progress:
-        task = progress.add_task(f"evaluating {visible(name)}", total=completions)
-        yield lambda new: progress.advance(task, new)
+        task = progress.add_task(name, total=completions)
+        with _plain_lines(name, progress.tasks[0], shown and disable):
+            yield lambda new: progress.advance(task, new)
+
+
+@contextmanager
+def _plain_lines(name: str, task: Task, shown: bool) -> Generator[None]:
+    """Says how far a task is, from a thread: a single batch may take minutes."""
+    ended = Event()
+
+    def tell() -> None:
+        while not ended.wait(PLAIN_SECONDS):
+            far = f"{task.completed:,.0f} of {task.total:,.0f} completions"
+            print(f"{name}: {far} after {task.elapsed or 0:.0f} s", flush=True)
+
+    thread = Thread(target=tell, daemon=True)
+    if shown:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def sample_batches(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    puzzles: Sequence[Item],
-    task: TaskConfig,
-    *,
-    max_completion_length: int,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    columns: Mapping[str, Mapping[str, Any]] | None = None,
-    seed: int = 0,
-    process: int = 0,
-    num_processes: int = 1,
+    generator: CompletionGenerator,
+    questions: Questions,
     on_batch: Callable[[int], None] = lambda completions: None,
 ) -> list[tuple[int, list[Sample]]]:
     """Sample and judge this process's share of the batches.
 
     Args:
-        model: a causal language model with `generate`.
-        task: says the prompt, the temperature and the number of samples per puzzle.
-        max_completion_length: in tokens; longer completions are cut and count as truncated.
-        chat_template_kwargs: see `PromptTemplate.renderer`.
-        columns: further ones of the puzzles: `Split.columns`.
         on_batch: called after each batch with the number of its completions; by all processes,
             also by one that has only repeated a batch.
 
@@ -191,67 +207,43 @@ def sample_batches(
     Raises:
         InputError: this model cannot be asked so.
         RunFailed: the success reward returned something else than 0 to 1.
-        NoProbabilities: once all is sampled, so that the other processes need not wait.
     """
-    # What all batches share.
-    num_samples, rows = task.num_eval_samples, [row_columns(item, columns) for item in puzzles]
-    render = task.template.renderer(tokenizer, chat_template_kwargs, rows[0])
-    reward = success_reward(task)
-    per_batch = max(1, EVALUATION_BATCH // num_samples)  # puzzles
-    stops = stop_ids(model, tokenizer)
-    generation = sampling(model, tokenizer, task, max_completion_length, num_samples)
-    logits = FiniteLogits()
-    # Leave the training as it was, also when `on_batch` raises: its mode, and its random state.
-    devices = [model.device] if model.device.type == "cuda" else []
+    puzzles, num_samples = questions.puzzles, questions.task.num_eval_samples
+    rows = [row_columns(item, questions.columns) for item in puzzles]
+    template, reward = questions.task.template, success_reward(questions.task)
+    render = template.renderer(questions.tokenizer, questions.chat_template_kwargs, rows[0])
+    per_batch = max(1, generator.batch // num_samples)  # puzzles
+    num_batches = math.ceil(len(puzzles) / per_batch)
     batches = []
-    with _in_eval_mode(model), torch.inference_mode(), torch.random.fork_rng(devices=devices):
-        num_batches = math.ceil(len(puzzles) / per_batch)
-        for first in range(0, num_batches, num_processes):
-            # Under ZeRO-3 all processes must generate together: one without a batch of its own
-            # repeats the last, for nothing.
-            index = min(first + process, num_batches - 1)
-            places = range(len(puzzles))[index * per_batch : (index + 1) * per_batch]
-            torch.manual_seed(uniform_hash("evaluate", seed, index) >> 1)
+    for first in range(0, num_batches, generator.num_processes):
+        # One without a batch of its own repeats the last, for nothing: under ZeRO-3 all must
+        # generate together.
+        index = min(first + generator.process, num_batches - 1)
+        places = range(len(puzzles))[index * per_batch : (index + 1) * per_batch]
+        prompts = [render(rows[place]) for place in places]
+        written = generator.write(prompts, places)
+        if not generator.keeps or index != first + generator.process:
+            on_batch(0)
+            continue
 
-            # Sample: [batch, prompt] -> [batch * num_samples, prompt + completion].
-            prompts = [render(rows[place]) for place in places]
-            inputs = tokenize(tokenizer, prompts).to(model.device)
-            sequences = model.generate(  # ty: ignore[not-callable]  (GenerationMixin's)
-                **inputs, generation_config=generation, logits_processor=logits.as_list()
-            )
-
-            # Judge: [batch * num_samples, completion].
-            kept = []
-            if index == first + process:
-                completions = sequences[:, inputs["input_ids"].shape[1] :].tolist()
-                kept, truncated = _cut(completions, stops)
-                texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
-                repeated = [place for place in places for _ in range(num_samples)]
-                asked = [prompt for prompt in prompts for _ in range(num_samples)]
-                scores = success_of(reward, asked, texts, kept, [rows[i] for i in repeated])
-                columns_of_samples = zip(
-                    (puzzles[place] for place in repeated),
-                    texts,
-                    map(len, kept),
-                    truncated,
-                    format_reward(texts),
-                    scores,
-                    strict=True,
-                )
-                batches.append((index, [Sample(*each) for each in columns_of_samples]))
-            on_batch(len(kept))
-    logits.check()
+        # Judge: [batch * num_samples].
+        ids = [each.ids for each in written]
+        texts = questions.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        repeated = [place for place in places for _ in range(num_samples)]
+        asked = [prompt for prompt in prompts for _ in range(num_samples)]
+        scores = success_of(reward, asked, texts, ids, [rows[place] for place in repeated])
+        columns_of_samples = zip(
+            (puzzles[place] for place in repeated),
+            texts,
+            map(len, ids),
+            (each.truncated for each in written),
+            format_reward(texts),
+            scores,
+            strict=True,
+        )
+        batches.append((index, [Sample(*each) for each in columns_of_samples]))
+        on_batch(len(written))
     return batches
-
-
-@contextmanager
-def _in_eval_mode(model: PreTrainedModel) -> Generator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def summarize(samples: Sequence[Sample], task: TaskConfig, **facts: Any) -> Evaluation:
@@ -296,6 +288,7 @@ def describe(result: Evaluation) -> str:
     low, high = result["ci95"]
     share = result.get("plus_minus_only_share")
     easy = "" if share is None else f"; {share:.0%} need only + and -"
+    generator = f"\ngenerated by      {result['generator']}" if "generator" in result else ""
     passed = (f"{share:.1%} at {k}" for k, share in result["pass_at"].items())
     return (
         f"held-out success  {result['success']:.1%} (95 % interval {low:.1%} to {high:.1%}; "
@@ -305,7 +298,7 @@ def describe(result: Evaluation) -> str:
         f"completion tokens {result['mean_completion_tokens']:.0f}, "
         f"{result['truncated']:.0%} truncated\n"
         f"puzzles           {result['split']}{easy}\n"
-        f"rule              {result['rule']}"
+        f"rule              {result['rule']}{generator}"
     )
 
 
@@ -374,18 +367,6 @@ def confidence_interval(correct: Sequence[float], num_samples: int) -> tuple[flo
     return 0.0 if p == 0 else centre - half, 1.0 if p == 1 else centre + half
 
 
-def _cut(
-    completions: Sequence[list[int]], stop_ids: set[int]
-) -> tuple[list[list[int]], list[bool]]:
-    """The tokens of each completion up to its end, and whether it has none."""
-    kept, truncated = [], []
-    for ids in completions:
-        end = next((position for position, token in enumerate(ids) if token in stop_ids), None)
-        truncated.append(end is None)
-        kept.append(ids if end is None else ids[: end + 1])
-    return kept, truncated
-
-
 def success_reward(task: TaskConfig) -> RewardFunction:
     """The reward that is success.
 
@@ -444,88 +425,6 @@ def _trainer_state() -> "TrainerState":
 
 async def _awaited(returned: Any) -> Any:
     return await returned
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> BatchEncoding:
-    """Prompts as input_ids and attention_mask, [batch, prompt] each, wherever a model is judged.
-
-    With the special tokens that TRL adds, too, and without the token types that models which
-    generate do not take.
-    """
-    return tokenizer(
-        prompts,
-        return_tensors="pt",
-        padding=True,
-        padding_side="left",
-        return_token_type_ids=False,
-    )
-
-
-def sampling(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskConfig,
-    max_completion_length: int,
-    num_samples: int = 1,
-) -> GenerationConfig:
-    """How completions are sampled wherever a model is judged.
-
-    At the task's temperature, with nothing else in between.
-    """
-    return GenerationConfig(
-        do_sample=True,
-        temperature=task.eval_temperature,
-        # Spelt out, since what is left out is filled in from the model's own generation_config.
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        max_new_tokens=max_completion_length,
-        num_return_sequences=num_samples,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted(stop_ids(model, tokenizer)),
-    )
-
-
-class NoProbabilities(RunFailed):
-    """A model gave NaN or infinity in place of logits."""
-
-
-class FiniteLogits(LogitsProcessor):
-    """Lets sampling go on where a model's logits are NaN or infinite, and remembers them.
-
-    torch would end it with an error of its own, on a GPU with all else that was under way.
-    """
-
-    def __init__(self):
-        self._broken: Any = False
-
-    def as_list(self) -> LogitsProcessorList:
-        """As `generate` takes it."""
-        return LogitsProcessorList([self])
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        broken = ~scores.logsumexp(-1, keepdim=True).isfinite()  # [batch, 1]
-        self._broken = broken.any() | self._broken  # not looked at yet: a GPU would have to wait
-        return scores.masked_fill(broken, 0.0)
-
-    def check(self) -> None:
-        """Whether all of them were finite.
-
-        Raises:
-            NoProbabilities: they were not; what was sampled means nothing.
-        """
-        if self._broken:
-            raise NoProbabilities(
-                "the model gives NaN or infinity in place of probabilities; take one of an earlier "
-                "checkpoint, or another dtype"
-            )
-
-
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end a completion."""
-    configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    return {token for token in [*configured, tokenizer.eos_token_id] if token is not None}
 
 
 def _powers_of_two(largest: int) -> list[int]:

@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 
 from mini_r1 import FAILED, RunFailed, quirks
 from mini_r1.callbacks import anywhere
-from mini_r1.metrics import METRICS, SAME_TEXT
+from mini_r1.metrics import LOGP_DIFFERENCE, METRICS, SAME_TEXT
 from mini_r1.model import not_finite
 from mini_r1.rollouts import RolloutRecorder
 from mini_r1.run import (
@@ -30,6 +30,7 @@ from mini_r1.run import (
     write_json,
 )
 
+STALE = 0.1  # between the log-probabilities of a token, where rounding makes less than 0.05
 SILENT_STEPS = 20  # in which no reward told one completion from another
 
 
@@ -197,6 +198,50 @@ def _plain(number: Any) -> float | str:
     """As JSON has it, which knows no NaN."""
     value = float(number)
     return value if math.isfinite(value) else str(value)
+
+
+# ---- Another model's completions ------------------------------------------------------------
+
+
+class StaleWeights(TrainerCallback):
+    """Says once if vLLM samples from other weights than are trained, and logs how far apart it is.
+
+    The figure is the mean difference, per token, between vLLM's log-probability and the one that
+    the loss is made of: TRL's, without its additional pass through the model. Rounding to 16 bit
+    makes it 0.001 for the embedded base and 0.04 for SmolLM2-135M (docs/log.md).
+
+    Args:
+        correction: TRL's importance sampling is on, which logs the figure itself.
+    """
+
+    def __init__(self, trainer: GRPOTrainer, correction: bool):
+        self._trainer, self._correction, self._said = trainer, correction, False
+        self._sums: list[torch.Tensor] = []  # [difference, tokens] of each micro-batch
+        quirks.watch_fresh_log_probabilities(trainer, self._note)
+
+    def _note(self, log_probabilities: torch.Tensor, inputs: Mapping[str, Any]) -> None:
+        sampled = inputs["sampling_per_token_logps"]
+        known = inputs["completion_mask"].bool() & ~sampled.isnan()
+        apart = (log_probabilities - sampled).abs()[known]
+        self._sums.append(torch.stack([apart.sum(), known.sum()]).float())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self._sums:  # the same steps on all ranks
+            return
+        sums = self._trainer.accelerator.reduce(torch.stack(self._sums).sum(0))
+        self._sums.clear()
+        difference = (sums[0] / sums[1].clamp(min=1)).item()
+        if not self._correction:
+            quirks.log_with_step(self._trainer, LOGP_DIFFERENCE, difference)
+        if difference > STALE and not self._said and state.is_world_process_zero:
+            self._said = True
+            print(
+                f"step {state.global_step}: vLLM samples from other weights than are trained: the "
+                f"log-probabilities of its tokens are {difference:.2g} apart on average, where "
+                f"rounding explains {STALE / 2:g}; stop the run, and start it again to send them "
+                "anew",
+                flush=True,
+            )
 
 
 # ---- Nothing to learn from ------------------------------------------------------------------

@@ -85,6 +85,7 @@ _SHARE, _SEED, _PORT = Range("[0, 1]"), Range(f"[0, {2**32 - 1}]"), Range("[1, 6
 _KEYS_OF_RANGE: dict[Range, tuple[str, ...]] = {
     _COUNT: (
         *("num_puzzles", "max_prompt_length", "num_eval_puzzles", "num_eval_samples"),
+        "num_gpus",
         *("lora_r", "lora_alpha"),
         *("per_device_train_batch_size", "per_device_eval_batch_size"),
         *("gradient_accumulation_steps", "generation_batch_size", "steps_per_generation"),

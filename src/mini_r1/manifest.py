@@ -59,9 +59,13 @@ class ModelRecord(TypedDict):
 
 
 class DataRecord(TypedDict):
-    """The puzzles of a run: their hash, how many in each part, how many were dropped."""
+    """The puzzles of a run: their hash, how many in each part, how many were dropped.
+
+    `revision` is the commit of a data set of the hub.
+    """
 
     sha256: str
+    revision: str | None
     train: int
     heldout: int
     duplicates: int

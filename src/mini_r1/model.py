@@ -175,7 +175,7 @@ def _with_plain_tags(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokeniz
 
 
 def load_model(name: str, revision: str | None = None) -> "PreTrainedModel":
-    """A causal language model for generation, in its own dtype, on the GPU if there is one.
+    """A causal language model for generation: in its own dtype, or on a GPU in 16 bit.
 
     An adapter is applied to its base, and kept apart from it: as it was trained.
 
@@ -186,20 +186,36 @@ def load_model(name: str, revision: str | None = None) -> "PreTrainedModel":
 
     model = _load(name, revision)
     check_finite(name, not_finite(model))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return (_narrowed(model).to("cuda") if torch.cuda.is_available() else model).eval()
 
 
-def load_merged(name: str, revision: str | None = None) -> "PreTrainedModel | None":
-    """A LoRA adapter merged into its base, in the base's dtype; None if `name` is no adapter.
+def gpu_memory() -> float:
+    """GiB of the GPU that this process computes on; 0 without one."""
+    import torch
 
-    What is trained from an adapter starts from this.
+    if not torch.cuda.is_available():
+        return 0.0
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+
+
+def _narrowed(model: "PreTrainedModel") -> "PreTrainedModel":
+    """A model in 16 bit: 32 take a GPU twice the memory, and far longer."""
+    import torch
+
+    if model.dtype != torch.float32 or getattr(model, "is_quantized", False):
+        return model
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return model.to(torch.bfloat16 if has_bf16 else torch.float16)
+
+
+def load_merged(name: str, revision: str | None = None) -> "PreTrainedModel":
+    """A causal language model to train on, in its own dtype; an adapter merged into its base.
 
     Raises:
-        InputError: adapter or base cannot be had.
+        InputError: it cannot be had; names an embedded base, which always can.
     """
-    if find_adapter(name, revision) is None:
-        return None
     model = _merged(_load(name, revision))
+    check_finite(name, not_finite(model))
     settle_generation(model)
     return model
 

@@ -25,7 +25,8 @@ from mini_r1.countdown.expression import ExpressionError, parse
 from mini_r1.countdown.puzzles import Puzzle, PuzzleSpace
 from mini_r1.countdown.solver import check_numbers, solve
 from mini_r1.data import load_split, row_columns
-from mini_r1.evaluate import FiniteLogits, sampling, success_of, success_reward, tokenize
+from mini_r1.evaluate import success_of, success_reward
+from mini_r1.generators import FiniteLogits, sampling, tokenize
 from mini_r1.model import load_model, load_tokenizer, model_path
 from mini_r1.prompts import PROMPT_TEMPLATES
 from mini_r1.recipe import TaskConfig

@@ -8,7 +8,8 @@ goes. Imports are late, since most of these libraries are slow to import.
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,6 +64,61 @@ def keep_4bit_trainable(model: "nn.Module | None") -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
+def keep_adapters_wide(model: "nn.Module | None") -> None:
+    """Train adapters in 32 bit, whatever the weights are that they go with.
+
+    TRL 1.16 casts those of quantized weights to bf16, which rounds an update of 1e-5 away. To be
+    called before the optimizer is made.
+    """
+    for weight in model.parameters() if model is not None else ():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
+
+def seed_colocated_vllm(args: "GRPOConfig") -> None:
+    """Let colocated vLLM sample by the recipe's seed, each rank its own.
+
+    vLLM 0.31 draws from this process's generators, which it seeds with what TRL 1.16 gives it: the
+    number of the rank, or of the group of ranks that share an engine and must draw alike.
+    """
+    from transformers import set_seed
+
+    if args.use_vllm and args.vllm_mode == "colocate":
+        set_seed(args.seed + args.process_index // args.vllm_tensor_parallel_size)
+
+
+def unmerge_exactly(model: "nn.Module | None") -> None:
+    """Have an adapter that was merged for a while leave its base as it was.
+
+    TRL 1.16 merges it in place whenever it sends the weights to vLLM, and PEFT 0.21 takes it out
+    by subtraction: rounded to 16 bit, the base drifts from the one that the adapter is saved for.
+    The copy that is put back is in the memory of the CPU.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(model, PeftModel):
+        return
+    merge, unmerge = model.merge_adapter, model.unmerge_adapter
+    kept: list[tuple[Any, Any, torch.Tensor]] = []  # a layer, its weight, and what was in it
+
+    def keep_and_merge() -> None:
+        if not kept:
+            adapted = (each for each in model.modules() if isinstance(each, BaseTunerLayer))
+            for layer in (each.get_base_layer() for each in adapted):
+                kept.append((layer, layer.weight, layer.weight.detach().to("cpu", copy=True)))
+        merge()
+
+    def unmerge_and_restore() -> None:
+        unmerge()
+        for layer, weight, was in kept:
+            layer.weight = weight  # which that of 4-bit weights has replaced
+            weight.data.copy_(was)
+
+    setattr(model, "merge_adapter", keep_and_merge)  # noqa: B010
+    setattr(model, "unmerge_adapter", unmerge_and_restore)  # noqa: B010
+
+
 def end_colocated_vllm(trainer: "GRPOTrainer") -> None:
     """End the engine that TRL 1.16 holds.
 
@@ -71,6 +127,42 @@ def end_colocated_vllm(trainer: "GRPOTrainer") -> None:
     generation = getattr(trainer, "vllm_generation", None)
     if generation is not None and generation.mode == "colocate":
         generation.llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def vllm_with_current_weights(trainer: "GRPOTrainer") -> Generator[Any]:
+    """The vLLM of a training, awake, with the weights as they are now; all processes must call it.
+
+    TRL 1.16 sends the weights and wakes colocated engines amid its own sampling only. What it
+    notes about both is kept true, so that it sends nothing twice.
+    """
+    vllm = trainer.vllm_generation
+    sleeps = vllm.mode == "colocate" and vllm.enable_sleep_mode
+    if trainer.state.global_step != trainer._last_loaded_step or (
+        sleeps and vllm._llm_weights_sleeping
+    ):
+        vllm.sync_weights()
+        trainer._last_loaded_step = trainer.state.global_step
+    if sleeps:
+        vllm.llm.wake_up(tags=["kv_cache"])
+    try:
+        yield vllm
+    finally:
+        if sleeps:
+            vllm.llm.sleep(level=2)
+            vllm._llm_weights_sleeping = True
+
+
+def vllm_batch(wanted: int, prompt_length: int) -> int:
+    """How many completions vLLM can be asked for at once, each with a seed of its own.
+
+    vLLM 0.31 reads at most so many tokens of prompts in a step. One that is cut in two makes it put
+    back the generator of its seed, which no generator on a CPU can.
+    """
+    import torch
+
+    tokens_of_a_step = 4096
+    return wanted if torch.cuda.is_available() else max(1, tokens_of_a_step // prompt_length)
 
 
 def show_key(address: str, header: Mapping[str, str]) -> None:
@@ -236,6 +328,44 @@ def watch_step(
         return norm
 
     trainer.compute_loss, trainer.accelerator.clip_grad_norm_ = compute, clip_and_note
+
+
+def watch_fresh_log_probabilities(
+    trainer: "GRPOTrainer",
+    on_log_probabilities: Callable[["torch.Tensor", Mapping[str, Any]], None],
+) -> None:
+    """Hand over the log-probabilities that a loss is made of, [batch, completion], with its inputs.
+
+    Only while the weights are still those that the inputs were sampled with. TRL 1.16 compares the
+    two for its importance sampling alone, and spends a pass through the model on it.
+    """
+    compute_loss, score = trainer.compute_loss, trainer._get_per_token_logps_and_entropies
+    scored: list[Any] = []
+    given: Any = trainer.args
+
+    def remember(*args, **kwargs):
+        result = score(*args, **kwargs)
+        scored[:] = [result[0]]
+        return result
+
+    def compute(model, inputs, *args, **kwargs):
+        shared_by = given.steps_per_generation * trainer.num_iterations
+        fresh = trainer._step % shared_by < given.gradient_accumulation_steps
+        loss = compute_loss(model, inputs, *args, **kwargs)
+        if fresh and scored:
+            on_log_probabilities(scored[0].detach(), inputs)
+        scored.clear()
+        return loss
+
+    trainer.compute_loss, trainer._get_per_token_logps_and_entropies = compute, remember
+
+
+def log_with_step(trainer: "GRPOTrainer", name: str, value: float) -> None:
+    """Add a figure to the line of the step under way.
+
+    TRL 1.16 takes them from rewards only, and gathers them before the loss is known.
+    """
+    trainer._metrics["train"][name].append(value)
 
 
 def own_part(weight: "torch.Tensor") -> "torch.Tensor":

@@ -118,6 +118,10 @@ class TaskConfig:
             "set id of the hub"
         },
     )
+    dataset_revision: str | None = field(
+        default=None,
+        metadata={"help": "the commit, branch or tag of a data set of the hub; main if not given"},
+    )
     dataset_split: str = field(
         default="train",
         metadata={"help": "the part of a folder or of a hub data set to train on"},
@@ -171,6 +175,13 @@ class TaskConfig:
     )
     max_prompt_length: int = field(
         default=256, metadata={"help": "longer prompts (tokens) are dropped and counted"}
+    )
+    num_gpus: int | None = field(
+        default=None,
+        metadata={
+            "help": "GPUs of each machine to use, a vLLM server's included: the first so many; all "
+            "if not given"
+        },
     )
     reward_funcs: tuple[str, ...] = field(
         default=("format", "equation"),
@@ -360,6 +371,7 @@ def load_recipe(
     for key, words in parse_overrides(overrides).items():
         given[key], where[key] = words, f"--{key}"
     _refuse_old_keys(path, where)
+    _drop_revisions(given, where)
     parts = _read_values(given, where)
     _one_length(parts["training"], where)
     if parts["training"].get("output_dir") is None:
@@ -461,6 +473,16 @@ def _refuse_old_keys(path: Path, where: Mapping[str, str]) -> None:
         rows = [f"  {key:<28} {advice}" for key, advice in old.items()]
         headline = "written for TRL 0.14, this is 1.16; instead of"
         raise InputError("\n".join([headline, *rows]), where=path)
+
+
+def _drop_revisions(given: dict[str, Any], where: Mapping[str, str]) -> None:
+    """A revision in the file is of the name in the file, not of one on the command line."""
+    for name, revision in (
+        ("model_name_or_path", "model_revision"),
+        ("dataset_id_or_path", "dataset_revision"),
+    ):
+        if where.get(name) == f"--{name}" and where.get(revision) != f"--{revision}":
+            given.pop(revision, None)
 
 
 def _read_values(

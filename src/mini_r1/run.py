@@ -140,8 +140,8 @@ class OfPuzzles(TypedDict, total=False):
 class Evaluation(OfPuzzles):
     """What `eval/*.json` holds; shares are 0 to 1.
 
-    `success` is the mean of the success reward, `pass_at` the best of k, keyed by k. `seconds` is
-    the time the evaluation took.
+    `success` is the mean of the success reward, `pass_at` the best of k, keyed by k. `generator` is
+    what wrote the completions, `seconds` the time the evaluation took.
     """
 
     success: float
@@ -156,6 +156,7 @@ class Evaluation(OfPuzzles):
     rule: str
     examples: list[Example]
     max_completion_length: NotRequired[int]
+    generator: NotRequired[str]
     step: NotRequired[int]
     seconds: NotRequired[float]
     model: NotRequired[str]

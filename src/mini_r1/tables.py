@@ -129,7 +129,11 @@ class Parts(NamedTuple):
 
 
 def load_tables(
-    source: str, split: str = "train", heldout_split: str | None = None, head: bool = False
+    source: str,
+    split: str = "train",
+    heldout_split: str | None = None,
+    revision: str | None = None,
+    head: bool = False,
 ) -> Parts:
     """Read a file, a folder, or a data set of the hub.
 
@@ -137,12 +141,13 @@ def load_tables(
         split: the part to train on.
         heldout_split: the part to hold out; None for `test`, or else `validation`, where there is
             one. The same as `split`: the author's other parts are left alone.
+        revision: of a data set of the hub.
         head: only the first rows of each file, and nothing is downloaded.
 
     Raises:
         InputError: it cannot be had or read, holds no rows, or has no such part.
     """
-    path = locate(source, download=not head)
+    path = locate(source, revision, download=not head)
     if path is None:
         raise InputError(
             f"'{source}' is no file or folder here, is not in the cache, and the hub cannot be "
@@ -160,7 +165,7 @@ def load_tables(
 # ---- Finding --------------------------------------------------------------------------------
 
 
-def locate(source: str, download: bool = False) -> Path | None:
+def locate(source: str, revision: str | None = None, download: bool = False) -> Path | None:
     """The file or folder, or the cached folder of a data set of the hub; None if it is not cached.
 
     Args:
@@ -178,10 +183,16 @@ def locate(source: str, download: bool = False) -> Path | None:
             "generated",
             key=KEY,
         )
-    return _snapshot(source, download and hub.unreachable() is None)
+    return _snapshot(source, revision, download and hub.unreachable() is None)
 
 
-def _snapshot(dataset_id: str, download: bool) -> Path | None:
+def commit(source: str, revision: str | None = None) -> str | None:
+    """Which commit of a data set of the hub lies in the cache; None for what is not of the hub."""
+    path = None if source == "generated" else locate(source, revision)
+    return path.name if path is not None and path != Path(source) else None
+
+
+def _snapshot(dataset_id: str, revision: str | None, download: bool) -> Path | None:
     import httpx  # what huggingface_hub talks with
     from huggingface_hub import errors, snapshot_download
 
@@ -191,6 +202,7 @@ def _snapshot(dataset_id: str, download: bool) -> Path | None:
             snapshot_download(
                 dataset_id,
                 repo_type="dataset",
+                revision=revision,
                 allow_patterns=patterns,
                 local_files_only=not download,
             )

@@ -22,8 +22,8 @@ and Ctrl-C make it save and stop. Left out on purpose: any trainer, loss or samp
 import importlib.util
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -53,23 +53,26 @@ from mini_r1.callbacks import (
     TrainClock,
 )
 from mini_r1.data import Split, load_split, prompt_dataset
-from mini_r1.evaluate import (
+from mini_r1.evaluate import heldout_puzzles, progress_bar, sample_batches, summarize
+from mini_r1.generators import (
+    CompletionGenerator,
     NoProbabilities,
-    heldout_puzzles,
-    progress_bar,
-    sample_batches,
-    summarize,
+    Questions,
+    by_training_vllm,
+    by_transformers,
 )
-from mini_r1.health import FiniteNumbers, LearningSignal, end_all
+from mini_r1.health import FiniteNumbers, LearningSignal, StaleWeights, end_all
 from mini_r1.launch.guard import key_header
 from mini_r1.launch.machine import is_main_process
+from mini_r1.launch.memory import computes_in_16_bit, evaluation_batch
 from mini_r1.launch.network import LOOPBACK
-from mini_r1.launch.plan import owns_server, server_address
+from mini_r1.launch.plan import describe_batch, owns_server, server_address
 from mini_r1.launch.vllm_server import FAILED_TO_TAKE, VLLMServer, check_key, end_now
 from mini_r1.live import LiveView
 from mini_r1.manifest import DataRecord, build_manifest
 from mini_r1.model import (
     check_finite,
+    gpu_memory,
     load_tokenizer,
     model_error,
     model_path,
@@ -102,6 +105,7 @@ from mini_r1.run import (
     write_recipe,
 )
 from mini_r1.start import Start
+from mini_r1.tables import commit
 
 
 def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
@@ -162,6 +166,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     if is_main:
         data: DataRecord = {
             "sha256": split.hash,
+            "revision": commit(recipe.task.dataset_id_or_path, recipe.task.dataset_revision),
             "train": len(dataset),
             "heldout": len(split.heldout),
             "duplicates": split.duplicates,
@@ -170,6 +175,7 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
         _open_run(recipe, start.weights, trainer, data, resumed=checkpoint)
         rewind(run_dir, checkpoint)
         discard_old_checkpoints(run_dir, keep)
+        print(describe_batch(recipe, args.world_size), flush=True)
 
     # What happens beside the loop, in the order in which it must be called.
     clock, pause = TrainClock(), PauseOnRequest(run_dir)
@@ -188,6 +194,8 @@ def run(recipe: Recipe, server_gpu: str | None = None) -> Summary | None:
     numbers = FiniteNumbers(trainer, tokenizer, recorder, run_dir)
     for callback in (numbers, LearningSignal(), clock):
         trainer.add_callback(callback)
+    if trainer.use_vllm:
+        trainer.add_callback(StaleWeights(trainer, args.vllm_importance_sampling_correction))
     if trainer.pop_callback(TensorBoardCallback):
         trainer.add_callback(TensorBoard(recipe.as_dict(), recorder))
     held_out, signer = HeldOutEvaluation(eval_every, evaluate, log), CheckpointSigner(start.sign)
@@ -225,7 +233,7 @@ def _finish(
     clock: TrainClock,
     start: Start,
 ) -> Summary | None:
-    """Save the trained model, evaluate it and sum up; the summary is the main process's.
+    """Evaluate the trained model, save it and sum up; the summary is the main process's.
 
     The summary is written last: a run that was killed before it does all of this again.
 
@@ -233,8 +241,12 @@ def _finish(
         StopRequested: the run was asked to stop, and is to do all of this again.
     """
     run_dir = recipe.run_dir
-    trainer.save_model(str(run_dir))
     after = last.result()
+    if computes_in_16_bit(recipe) and not recipe.get("use_peft"):
+        # As it is used from now on; what was trained in 32 bit stays so in the checkpoints.
+        narrow = torch.float16 if recipe.get("fp16") else torch.bfloat16
+        cast(PreTrainedModel, trainer.model).to(narrow)
+    trainer.save_model(str(run_dir))
     trainer.save_state()  # every logged scalar
     summary = None
     if trainer.accelerator.is_main_process:
@@ -359,7 +371,11 @@ def _build_trainer(
         )
     except OSError as error:
         raise model_error(name, error) from error
+    quirks.seed_colocated_vllm(args)
     quirks.keep_4bit_trainable(trainer.model)
+    quirks.unmerge_exactly(trainer.model)
+    if recipe.get("use_peft") and not trainer.is_deepspeed_enabled:  # that keeps a copy in 32 bit
+        quirks.keep_adapters_wide(trainer.model)
     settle_generation(cast(PreTrainedModel, trainer.model))
     # The live view shows both.
     trainer.remove_callback(ProgressCallback)
@@ -409,37 +425,30 @@ def _evaluate(
     """
     accelerator, task = trainer.accelerator, recipe.task
     puzzles = heldout_puzzles(split, task)
-    max_completion_length = recipe.get("max_completion_length")
+    questions = Questions(
+        puzzles,
+        task,
+        tokenizer,
+        recipe.get("max_completion_length"),
+        split.columns,
+        recipe.get("chat_template_kwargs"),
+    )
     started = time.monotonic()
 
     # Each process samples its share.
     completions = len(puzzles) * task.num_eval_samples
     bar = progress_bar(completions, name, shown=accelerator.is_main_process)
-    unwrapped = unwrap_model_for_generation(
-        trainer.model_wrapped,  # ty: ignore[invalid-argument-type]  (bare models are fine, too)
-        accelerator,
-        gradient_checkpointing_kwargs=recipe.get("gradient_checkpointing_kwargs"),
-    )
-    batches, failure = [], None
-    with bar as advance, unwrapped as model:
+    batches, failure, by = [], None, ""
+    with bar as advance:
 
         def on_batch(new: int) -> None:
             advance(new)
             after_batch()
 
         try:
-            batches = sample_batches(
-                model,
-                tokenizer,
-                puzzles,
-                task,
-                max_completion_length=max_completion_length,
-                chat_template_kwargs=recipe.get("chat_template_kwargs"),
-                columns=split.columns,
-                process=accelerator.process_index,
-                num_processes=accelerator.num_processes,
-                on_batch=on_batch,
-            )
+            with _generator(trainer, recipe, questions) as generator:
+                by = generator.name
+                batches = sample_batches(generator, questions, on_batch)
         except NoProbabilities as error:
             failure = str(error)
     failures = list(filter(None, gather_object([failure])))
@@ -451,7 +460,8 @@ def _evaluate(
     result = summarize(
         [sample for _, batch in ordered for sample in batch],
         task,
-        max_completion_length=max_completion_length,
+        max_completion_length=questions.max_completion_length,
+        generator=by,
         step=trainer.state.global_step,
         seconds=round(time.monotonic() - started, 1),
     )
@@ -461,6 +471,32 @@ def _evaluate(
         interval = f"95 % interval {low:.1%} to {high:.1%}"
         print(f"{name}: held-out success {result['success']:.1%} ({interval})", flush=True)
     return result
+
+
+@contextmanager
+def _generator(
+    trainer: GRPOTrainer, recipe: Recipe, questions: Questions
+) -> Generator[CompletionGenerator]:
+    """What writes the completions of an evaluation: whatever writes those of the training."""
+    if trainer.use_vllm:
+        with by_training_vllm(trainer, questions) as generator:
+            yield generator
+        return
+    accelerator = trainer.accelerator
+    unwrapped = unwrap_model_for_generation(
+        trainer.model_wrapped,  # ty: ignore[invalid-argument-type]  (bare models are fine, too)
+        accelerator,
+        gradient_checkpointing_kwargs=recipe.get("gradient_checkpointing_kwargs"),
+    )
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    batch = evaluation_batch(recipe, ranks, gpu_memory())
+    with (
+        unwrapped as model,
+        by_transformers(
+            model, questions, batch=batch, process=rank, num_processes=ranks
+        ) as generator,
+    ):
+        yield generator
 
 
 def _sum_up(run_dir: Path, after: Evaluation, steps: int, train_seconds: float) -> Summary:

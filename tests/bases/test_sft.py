@@ -76,7 +76,7 @@ def test_an_adapter_is_merged_and_taught_as_a_whole(recipe, tmp_path):
     base.save_pretrained(tmp_path / "adapter")
     load_tokenizer("tiny_base").save_pretrained(tmp_path / "adapter")
     teach(str(tmp_path / "adapter"), recipe(), tmp_path / "taught", 16)
-    merged, taught = load_merged(str(tmp_path / "adapter")), load_model(str(tmp_path / "taught"))
+    merged, taught = (load_merged(str(tmp_path / name)) for name in ("adapter", "taught"))
     moved = [
         (name, float((weight - taught.get_parameter(name)).detach().abs().max()))
         for name, weight in merged.named_parameters()

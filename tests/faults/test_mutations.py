@@ -81,10 +81,10 @@ DEFECTS = {
         "tests/test_callbacks.py -k no_ctrl_c",
     ),
     "leave the model as an interrupted evaluation had it": (
-        "src/mini_r1/evaluate.py",
+        "src/mini_r1/generators.py",
         "    finally:\n        model.train(was_training)",
         "    finally:\n        pass",
-        "tests/test_evaluate.py -k leaves_the_model",
+        "tests/test_generators.py -k leaves_the_model",
     ),
     "die with the reader of stdout": (
         "src/mini_r1/stdio.py",

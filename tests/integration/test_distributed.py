@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from mini_r1.model import load_model, model_path
@@ -42,6 +43,11 @@ LAUNCHERS = {
 SAMPLES = f"samples/{ALL_FILE}"
 RECIPE = ROOT / "recipes" / "tiny-cpu.yaml"
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "learning_rate": 1e-2}
+AS_ON_A_GPU = {
+    "bf16": True,
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": '{"use_reentrant": false}',
+}
 SHORT = {
     "max_steps": 4,
     "save_steps": 2,
@@ -113,10 +119,60 @@ def test_a_run_is_one_complete_folder_and_resumes_bit_for_bit(tmp_path, launcher
         assert (resumed / file).read_bytes() == (straight / file).read_bytes(), file
 
 
-@pytest.mark.parametrize("launcher", ["single", "ddp"])
-def test_qlora_in_real_four_bit(tmp_path, launcher):
-    train(launcher, tmp_path / "run", **LORA, load_in_4bit=True)
+DENSE = """
+def length(completions, **columns):
+    return [float(len(text)) for text in completions]
+"""
+
+
+def losses(run_dir):
+    history = json.loads((run_dir / STATE_FILE).read_text())["log_history"]
+    return [(entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
+
+
+@pytest.mark.parametrize("launcher", ["zero2", "zero3"])
+def test_recomputed_activations_and_16_bit_as_recipes_for_gpus_have_them(tmp_path, launcher):
+    (tmp_path / "dense.py").write_text(DENSE)
+    how = {"reward_funcs": f"{tmp_path / 'dense.py'}:length", "dtype": "bfloat16", **AS_ON_A_GPU}
+    straight, resumed, plain = (tmp_path / name for name in ("straight", "resumed", "plain"))
+    train(launcher, straight, **how)
+    for folder in (straight, straight / "checkpoint-4"):
+        saved = load_file(folder / "model.safetensors")
+        assert {weight.dtype for weight in saved.values()} == {torch.bfloat16}
+    assert load_model(str(straight)).num_parameters() == load_model("tiny_base").num_parameters()
+    before, after = (
+        json.loads((straight / "eval" / f"{name}.json").read_text()) for name in ("before", "after")
+    )
+    assert before["num_puzzles"] == after["num_puzzles"] == 20
+
+    for steps in (2, 4):
+        printed = train(launcher, resumed, **how, max_steps=steps)
+    assert "resuming from" in printed
+    for file in ("model.safetensors", SAMPLES):
+        assert (resumed / file).read_bytes() == (straight / file).read_bytes(), file
+
+    # DeepSpeed keeps the weights that are trained in 32 bit, whatever the recipe's dtype.
+    train(launcher, plain, **{**how, "dtype": "float32", "gradient_checkpointing": False})
+    assert losses(plain) == [pytest.approx(each, rel=1e-3, abs=1e-5) for each in losses(straight)]
+    assert all(norm > 0.01 for _, norm in losses(straight))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "dtype"), [("single", "float32"), ("single", "bfloat16"), ("ddp", "bfloat16")]
+)
+def test_qlora_in_real_four_bit_moves_every_adapter_at_a_low_learning_rate(
+    tmp_path, launcher, dtype
+):
+    (tmp_path / "dense.py").write_text(DENSE)  # in each step there is something to learn
+    low = {**LORA, **AS_ON_A_GPU, "learning_rate": 1e-5, "dtype": dtype, "load_in_4bit": True}
+    train(launcher, tmp_path / "run", **low, reward_funcs=f"{tmp_path / 'dense.py'}:length")
     assert_adapters_were_trained(tmp_path / "run")
+    earlier, later = (
+        load_file(tmp_path / "run" / f"checkpoint-{step}" / "adapter_model.safetensors")
+        for step in (2, 4)
+    )
+    moved = [(later[name] != earlier[name]).flatten() for name in later if "lora_A" in name]
+    assert torch.cat(moved).float().mean() > 0.99
 
 
 def test_lora_under_zero3(tmp_path):
@@ -132,7 +188,7 @@ def on_rank_1(completions, trainer_state, **columns):
 """
 
 
-@pytest.mark.parametrize("launcher", ["ddp", "zero3"])
+@pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])
 def test_a_nan_on_one_rank_ends_all_at_the_same_step(tmp_path, launcher):
     (tmp_path / "one_rank.py").write_text(ONE_RANK)
     reward = f"{tmp_path / 'one_rank.py'}:on_rank_1"

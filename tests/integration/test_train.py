@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pyte
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -141,6 +142,28 @@ def test_eval_of_the_run_repeats_its_after_json(straight):
 def assert_same_outcome(run_dir, straight):
     for name in ("model.safetensors", f"samples/{ALL_FILE}", f"samples/{SOLVED_FILE}"):
         assert (run_dir / name).read_bytes() == (straight / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("bf16", "narrow"),
+    [(True, torch.bfloat16), pytest.param(False, torch.float16, marks=pytest.mark.minutes)],
+)
+def test_a_model_is_saved_as_it_computes_and_a_checkpoint_as_it_is_trained(
+    straight, tmp_path, bf16, narrow
+):
+    run_dir = tmp_path / "run"
+    done = train(run_dir, bf16=bf16, fp16=not bf16, max_steps=2)
+    assert done.returncode == 0, done.stderr
+    for folder, dtype in (
+        (run_dir, narrow),
+        (run_dir / "checkpoint-2", torch.float32),
+        (straight[0], torch.float32),
+    ):
+        weights = load_file(folder / "model.safetensors").values()
+        assert {weight.dtype for weight in weights} == {dtype}
+        config = json.loads((folder / "config.json").read_text())
+        assert config["dtype"] == str(dtype).removeprefix("torch.")
+    assert evaluate_model(str(run_dir))["num_puzzles"] == 20
 
 
 def test_kill_9_loses_nothing(straight, tmp_path):

@@ -6,6 +6,7 @@ vllm_on_cpu.py and nowhere else.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -18,7 +19,16 @@ from mini_r1.launch.guard import KEY, key_header
 from mini_r1.launch.plan import server_command
 from mini_r1.metrics import LOGP_DIFFERENCE
 from mini_r1.recipe import load_recipe
-from mini_r1.run import COMPLETE_MARKER, STATE_FILE, SUMMARY_FILE
+from mini_r1.rollouts import ALL_FILE, read_samples
+from mini_r1.run import (
+    AFTER,
+    BEFORE,
+    COMPLETE_MARKER,
+    SAMPLES_FOLDER,
+    STATE_FILE,
+    SUMMARY_FILE,
+    load_evaluation,
+)
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
@@ -47,6 +57,8 @@ SHORT = {
     "num_eval_samples": 1,
     "use_vllm": True,
 }
+UNCORRECTED = {"vllm_importance_sampling_correction": False}
+ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1"}
 
 
 def command(run_dir, *flags, launcher=(), **changes):
@@ -75,19 +87,48 @@ def logp_differences(run_dir):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_colocated_vllm_follows_the_weights(tmp_path, processes):
-    done = train(tmp_path / "run", launcher=LAUNCHER if processes > 1 else ())
+def test_colocated_vllm_follows_the_weights_and_evaluates(tmp_path, processes):
+    done = train(tmp_path / "run", launcher=LAUNCHER if processes > 1 else (), **UNCORRECTED)
     assert "Traceback" not in done.stderr
     differences = logp_differences(tmp_path / "run")
     assert len(differences) == 4
     assert max(differences) < 0.01
+    assert "vLLM samples from other weights" not in done.stdout
     assert (tmp_path / "run" / SUMMARY_FILE).exists()
+    for name in (BEFORE, AFTER):
+        result = load_evaluation(tmp_path / "run", name)
+        assert re.fullmatch(r"vLLM \S+, colocated, bfloat16", result["generator"])
+        assert result["num_puzzles"] == 20
 
 
 def test_an_engine_that_is_left_to_itself_ends_with_a_traceback(tmp_path):
     """If not, `quirks.end_colocated_vllm` can go."""
     done = train(tmp_path / "run", "--keep-engine", max_steps=1)
     assert "Invalid process group specified" in done.stderr
+
+
+def test_both_generators_agree_within_their_intervals(tmp_path):
+    results = {}
+    for flags in ((), ("--vllm",)):
+        words = ["-m", "mini_r1", "eval", "tiny_base", "--num-puzzles", "400", "--num-samples", "2"]
+        done = subprocess.run(
+            [PYTHON, *words, "--json", *flags],
+            capture_output=True,
+            text=True,
+            timeout=400,
+            env={**environment(), **ON_CPU},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results[bool(flags)] = json.loads(done.stdout)
+    plain, by_vllm = results[False], results[True]
+    assert plain["generator"].startswith("transformers ")
+    assert re.fullmatch(r"vLLM \S+, an engine of its own, bfloat16", by_vllm["generator"])
+    assert plain.keys() == by_vllm.keys()
+    assert plain["ci95"][0] <= by_vllm["ci95"][1]
+    assert by_vllm["ci95"][0] <= plain["ci95"][1]
+    for figure in ("mean_completion_tokens", "format"):
+        assert by_vllm[figure] == pytest.approx(plain[figure], rel=0.05)
+    assert by_vllm["truncated"] == pytest.approx(plain["truncated"], abs=0.02)
 
 
 def test_a_resumed_run_generates_with_its_own_weights(tmp_path):
@@ -100,11 +141,13 @@ def test_a_resumed_run_generates_with_its_own_weights(tmp_path):
     assert max(differences) < 0.01
 
 
-def test_the_alarm_for_stale_weights_works(tmp_path):
-    train(tmp_path / "run", "--stale-weights")
+@pytest.mark.parametrize("changes", [UNCORRECTED, {}], ids=["ours", "of TRL's correction"])
+def test_the_alarm_for_stale_weights_works(tmp_path, changes):
+    done = train(tmp_path / "run", "--stale-weights", **changes)
     first, *later = logp_differences(tmp_path / "run")
     assert first < 0.01
     assert min(later) > 0.02
+    assert done.stdout.count("vLLM samples from other weights than are trained") == 1
 
 
 class Training:
@@ -209,8 +252,7 @@ def test_a_given_server_is_used_and_left_alone_and_knows_who_asks(tmp_path, monk
     port = 18_123
     url = f"http://127.0.0.1:{port}"
     log = (tmp_path / "server.log").open("wb")
-    cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1"}
-    variables = {**environment(), **cpu, "VLLM_SERVER_DEV_MODE": "1"}
+    variables = {**environment(), **ON_CPU, "VLLM_SERVER_DEV_MODE": "1"}
     server = subprocess.Popen(
         [str(PYTHON), *server_command(recipe, port)],
         stdout=log,
@@ -224,6 +266,9 @@ def test_a_given_server_is_used_and_left_alone_and_knows_who_asks(tmp_path, monk
         assert "starting vLLM" not in done.stdout
         assert server.poll() is None
         assert not (tmp_path / "run" / "logs").exists()
+        result = load_evaluation(tmp_path / "run", AFTER)
+        assert re.fullmatch(r"vLLM \S+, server", result["generator"])
+        assert result["num_puzzles"] == 20
         # Without the key no route of it answers, those that replace the weights among them.
         description = f"{url}/openapi.json"
         routes = requests.get(description, headers=key_header()).json()["paths"]
@@ -236,3 +281,24 @@ def test_a_given_server_is_used_and_left_alone_and_knows_who_asks(tmp_path, monk
         assert not [path for path in files if b"known to both" in path.read_bytes()]
     finally:
         os.killpg(server.pid, signal.SIGKILL)
+
+
+def first_completions(run_dir, seed, *flags):
+    """Of the same prompts, whatever the seed."""
+    once = {"max_steps": 1, "shuffle_dataset": False, "num_eval_puzzles": 2}
+    train(run_dir, *flags, seed=seed, **once)
+    return [sample.text for sample in read_samples(run_dir / SAMPLES_FOLDER / ALL_FILE)]
+
+
+def test_the_seed_reaches_the_sampling(tmp_path):
+    one, again, other = (
+        first_completions(tmp_path / str(index), seed) for index, seed in enumerate((1, 1, 2))
+    )
+    assert one == again != other
+
+
+def test_vllm_samples_alike_whatever_the_seed(tmp_path):
+    """If not, `quirks.seed_colocated_vllm` can go."""
+    flag = "--keep-engines-seed"
+    one, other = (first_completions(tmp_path / str(seed), seed, flag) for seed in (1, 2))
+    assert one == other

@@ -1,4 +1,4 @@
-"""Runs `scripts/run_r1_grpo.py`, with its arguments, with a CPU build of vLLM.
+"""Runs `scripts/run_r1_grpo.py`, or with --figures `scripts/measured_run.py`, on vLLM's CPU build.
 
 The one place where a test steps between our code and the libraries, because two things cannot run
 without a GPU:
@@ -12,7 +12,8 @@ without a GPU:
 `--failing-worker` leaves TRL's call that sends the weights, and has only NCCL wait for ever: the
 server was not told where to fetch them, so its worker fails.
 
-`--keep-engine` leaves out `quirks.end_colocated_vllm`, to show what it is for.
+`--keep-engine` leaves out `quirks.end_colocated_vllm`, and `--keep-engines-seed`
+`quirks.seed_colocated_vllm`, to show what they are for.
 """
 
 import os
@@ -48,5 +49,8 @@ if __name__ == "__main__":
     if "--keep-engine" in sys.argv:
         sys.argv.remove("--keep-engine")
         quirks.end_colocated_vllm = lambda trainer: None
-    script = Path(__file__).parents[2] / "scripts" / "run_r1_grpo.py"
-    runpy.run_path(str(script), run_name="__main__")
+    if "--keep-engines-seed" in sys.argv:
+        sys.argv.remove("--keep-engines-seed")
+        quirks.seed_colocated_vllm = lambda args: None
+    script = "measured_run.py" if "--figures" in sys.argv else "run_r1_grpo.py"
+    runpy.run_path(str(Path(__file__).parents[2] / "scripts" / script), run_name="__main__")

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import resource
 import shutil
 import socket
@@ -425,6 +426,13 @@ def test_a_run_or_model_that_was_misspelt_is_suggested_at_once(tmp_path, capsys,
     assert "write a folder with a model, an id of the hub" in capsys.readouterr().err
 
 
+def test_eval_by_vllm_says_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert main(["eval", "tiny_base", "--vllm"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --vllm: vllm is not installed; run pip install")
+
+
 def test_eval_refuses_more_tokens_than_a_model_has_positions(tmp_path, capsys):
     assert main(["eval", str(copy_of_the_base(tmp_path / "m"))]) == 2
     assert "has 512 positions, fewer than" in capsys.readouterr().err
@@ -433,7 +441,7 @@ def test_eval_refuses_more_tokens_than_a_model_has_positions(tmp_path, capsys):
 # ---- The disk -------------------------------------------------------------------------------
 
 
-def test_checkpoints_must_fit_on_the_disk(tmp_path):
+def test_checkpoints_must_fit_on_the_disk(tmp_path, monkeypatch):
     config = json.loads((Path(model_path("tiny_base")) / "config.json").read_text())
     config |= {"hidden_size": 10**8, "intermediate_size": 10**8, "max_position_embeddings": 2000}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -443,6 +451,12 @@ def test_checkpoints_must_fit_on_the_disk(tmp_path):
     assert "GB are free there; write a lower save_total_limit, or choose" in problem
     *_, problem = told(tmp_path, *output, "--save_total_limit", "1")
     assert "2 checkpoints of " in problem
+    # What accelerate tells its processes: in 32 bit ZeRO-3 adds two moments, ZeRO-2 one copy more.
+    for variable, times in (("USE_DEEPSPEED", 3), ("DEEPSPEED_ZERO_STAGE", 4)):
+        monkeypatch.setenv(f"ACCELERATE_{variable}", "2")
+        *_, problem = told(tmp_path, *output)
+        checkpoint, model = map(float, re.findall(r"of ([\d.]+) GB", problem))
+        assert checkpoint == pytest.approx(times * model, rel=0.01)
     assert "free there" not in " ".join(told("tiny_base", *output))
 
 

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from mini_r1 import InputError
+from mini_r1.launch import machine as machine_module
 from mini_r1.launch.machine import (
     LAUNCH_VARIABLES,
     TAKEN_FOR_A_LAUNCH,
@@ -72,6 +74,8 @@ def machine(monkeypatch, tmp_path):
         ("none", ""),
         ("void", ""),
         (" 0 , 1 ", "0 1"),
+        (" 0", "0"),
+        ("NoDevFiles", ""),  # what PBS writes for none
         ("0,1,", "0 1"),
         (",0", ""),
         ("0,,1", "0"),
@@ -84,7 +88,13 @@ def machine(monkeypatch, tmp_path):
         ("GPU-aa11,GPU-cc,GPU-bb", "GPU-aa11"),
         ("GPU-aa11,GPU-aa11", ""),
         ("GPU-aa11,1", "GPU-aa11"),
+        ("GPU-aa11,GPU-aa1", ""),  # the same card
+        ("GPU-aa11,MIG-c6d4,GPU-aa22", "GPU-aa11"),
+        ("GPU-aa11,,GPU-aa22", "GPU-aa11"),
+        ("GPU-", ""),
+        (" GPU-aa11", ""),
         ("1,GPU-aa11", "1"),
+        ("-0,0x1", ""),
     ],
 )
 def test_the_visible_gpus_are_those_that_cuda_counts(chosen, names, machine, monkeypatch):
@@ -117,6 +127,9 @@ def test_the_memory_is_that_of_the_smallest_visible_card(chosen, gpus, memory, m
         ("1", "1", 80),
         (None, "MIG-c6d4", 10),
         ("GPU-aa11", "MIG-c6d4", 10),
+        ("MIG-e7f5,GPU-aa22", "MIG-e7f5", 40),
+        ("1,0", "MIG-c6d4", 10),
+        ("", "", 0),
     ],
 )
 def test_a_slice_of_a_card_is_all_that_cuda_counts(chosen, names, memory, machine):
@@ -125,18 +138,64 @@ def test_a_slice_of_a_card_is_all_that_cuda_counts(chosen, names, memory, machin
     assert size == Machine(len(found), pytest.approx(memory, abs=0.5))
 
 
-@pytest.mark.parametrize(
-    ("chosen", "cards"), [("MIG-c6d4", "0, 81559, Enabled"), (None, "0, [N/A]")]
-)
-def test_a_memory_that_is_not_known_stops_no_plan(chosen, cards, machine):
-    _, found = machine(chosen, cards, "GPU 0: NVIDIA GB10 (UUID: GPU-aa11)")
+def test_the_memory_of_a_slice_is_what_a_plan_counts_with(machine):
+    _, found = machine("MIG-e7f5", SLICED, SLICES)
+    with pytest.raises(InputError, match="and this machine has 40"):
+        make_plan(load_recipe(RECIPES / "grpo-qwen-2.5-3b-1gpu.yaml"), found)
+
+
+def test_a_memory_that_is_not_known_stops_no_plan(machine):
+    _, found = machine(None, "0, [N/A]", "GPU 0: NVIDIA GB10 (UUID: GPU-aa11)")
     assert found == Machine(1, 0.0)
     text = str(make_plan(load_recipe(RECIPES / "grpo-qwen-2.5-3b-1gpu.yaml"), found))
     assert "1 GPU of a size not known" in text
-    assert re.search(r"about \d+\.\d GiB per training process", text)
 
 
-def test_without_nvidia_smi_there_is_no_gpu(monkeypatch, tmp_path):
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    """A driver with two GPUs, of which torch sees what CUDA_VISIBLE_DEVICES names."""
+
+    def answers(chosen):
+        if chosen is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        return visible_gpus(), this_machine()
+
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(machine_module, "DRIVERS", (str(tmp_path / "nvidiactl"),))
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "torch" / "cuda.py").write_text(
+        "import os, types\n"
+        "seen = os.environ.get('CUDA_VISIBLE_DEVICES', '0,1').partition(',-1')[0].split(',')\n"
+        "device_count = lambda: len([name for name in seen if name])\n"
+        "get_device_properties = lambda index: types.SimpleNamespace(total_memory=40 << 30)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    machine_module._as_torch_counts.cache_clear()
+    yield answers
+    machine_module._as_torch_counts.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "names"),
+    [(None, "0 1"), ("", ""), ("1", "1"), ("1,0,-1,0", "1 0"), ("GPU-aa,GPU-b", "GPU-aa GPU-b")],
+)
+def test_without_nvidia_smi_torch_is_asked(chosen, names, driver):
+    found, size = driver(chosen)
+    assert found == names.split()
+    assert size == Machine(len(found), pytest.approx(40 if found else 0, abs=0.1))
+
+
+def test_a_slice_that_nvidia_smi_does_not_list_has_its_memory(driver, machine):
+    found, size = machine("MIG-c6d4", "0, 81559, Enabled", "")
+    assert (found, size) == (["MIG-c6d4"], Machine(1, 40.0))
+
+
+def test_without_a_driver_there_is_no_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine_module, "DRIVERS", ())
     monkeypatch.setenv("PATH", str(tmp_path))
     for chosen in ("0", "GPU-aa11", "MIG-c6d4"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)

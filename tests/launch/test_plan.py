@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from mini_r1.recipe import load_recipe
 RECIPES = Path(__file__).parents[2] / "recipes"
 ORIGINAL = RECIPES / "grpo-qwen-2.5-3b-deepseek-r1-countdown.yaml"
 TINY = RECIPES / "tiny-cpu.yaml"
+ALL_GPUS = ["--num_gpus", "null"]
 
 
 def planned(recipe, gpus, memory=80, *overrides):
@@ -23,12 +25,13 @@ def planned(recipe, gpus, memory=80, *overrides):
 
 def test_the_original_run():
     found = planned(ORIGINAL, 4)
-    assert (found.processes, found.server_gpu, found.launcher) == (3, 3, "deepspeed_zero3")
+    assert (found.processes, found.server_gpu, found.launcher) == (3, 3, "deepspeed_zero2")
     assert found.command[:4] == ["accelerate", "launch", "--num_processes", "3"]
     text = str(found)
     assert "3 processes on GPUs 0-2" in text
     assert "a vLLM server on GPU 3" in text
-    assert "192 completions per optimizer step, 24 prompts x 8" in text
+    batch = "192 completions per optimizer step, 24 prompts x 8"
+    assert f"{batch}: 3 processes x 8 per device x 8 accumulated" in text
     server = "CUDA_VISIBLE_DEVICES=3 python -m vllm.entrypoints.launchers.api_server.entry"
     assert f"{server} --model Qwen/Qwen2.5-3B-Instruct" in text
     same = "groups whose 8 completions all fail or all succeed teach nothing"
@@ -75,9 +78,16 @@ def test_one_gpu_recipes_share_it_with_vllm(name):
     assert "192 completions" in str(found)
 
 
+@pytest.mark.parametrize(("name", "memory"), [("3b-lora", 24), ("3b-qlora", 24), ("1.5b-t4", 15)])
+def test_what_is_for_a_small_gpu_fits_one(name, memory):
+    found = planned(RECIPES / f"grpo-qwen-2.5-{name}.yaml", 1, memory)
+    assert (found.processes, found.launcher) == (1, None)
+    assert "beware" not in str(found)
+
+
 def test_qlora_fits_a_small_gpu_and_is_copied_to_several():
     assert planned(RECIPES / "grpo-qwen-2.5-3b-qlora.yaml", 1, 24).launcher is None
-    assert planned(RECIPES / "grpo-qwen-2.5-3b-qlora.yaml", 4, 24).launcher == "ddp"
+    assert planned(RECIPES / "grpo-qwen-2.5-3b-qlora.yaml", 4, 24, *ALL_GPUS).launcher == "ddp"
 
 
 def test_the_default_recipe_needs_no_gpu():
@@ -99,13 +109,14 @@ def test_the_default_recipe_needs_no_gpu():
             "write vllm_mode: colocate",
         ),
         (ORIGINAL, 0, 0, [], "use_vllm: vLLM needs a GPU and this machine has none"),
-        (ORIGINAL, 4, 8, [], "needs about 37 GiB on each GPU and this machine has 8"),
+        (ORIGINAL, 4, 8, [], "about 27 GiB on each GPU for training and this machine has 8"),
         (
             RECIPES / "grpo-qwen-2.5-3b-1gpu.yaml",
             1,
             24,
-            [],
-            "needs about 71 GiB on each GPU and this machine has 24; write .*use_peft: true",
+            ["--beta", "0"],
+            "needs about 58 GiB on each GPU for training and this machine has 24; "
+            "write .*use_peft: true",
         ),
         (
             RECIPES / "grpo-qwen-2.5-1.5b-1gpu.yaml",
@@ -113,6 +124,14 @@ def test_the_default_recipe_needs_no_gpu():
             48,
             ["--vllm_enable_sleep_mode", "false"],
             "write vllm_enable_sleep_mode: true",
+        ),
+        # 3.1 GB of weights, and little beside.
+        (
+            RECIPES / "grpo-qwen-2.5-1.5b-1gpu.yaml",
+            1,
+            80,
+            ["--vllm_gpu_memory_utilization", "0.04"],
+            "utilization: vLLM alone needs about 4 GiB of 80 here, .*; write 0.05",
         ),
         (
             ORIGINAL,
@@ -163,12 +182,15 @@ def test_what_cannot_work_is_refused_with_the_change(recipe, gpus, memory, overr
     assert "\n" not in str(caught.value)
 
 
-def test_a_suggested_change_does_fit():
+@pytest.mark.parametrize("share", ["0.4", "0.1"])  # of which one is too little for vLLM
+def test_a_suggested_change_does_fit(share):
     recipe = RECIPES / "grpo-qwen-2.5-1.5b-1gpu.yaml"
+    own = ["--vllm_gpu_memory_utilization", share]
     with pytest.raises(InputError, match="write ") as caught:
-        planned(recipe, 1, 24)
+        planned(recipe, 1, 24, *own)
     changes = str(caught.value).rpartition("write ")[2].split(", ")
-    planned(recipe, 1, 24, *[text for change in changes for text in f"--{change}".split(": ")])
+    options = [text for change in changes for text in f"--{change}".split(": ")]
+    planned(recipe, 1, 24, *own, *options)
 
 
 def test_mistakes_name_the_line(tmp_path):
@@ -180,6 +202,19 @@ def test_mistakes_name_the_line(tmp_path):
     problem = r"mine\.yaml line 4: save_steps: 6 is no multiple of the 4 optimizer steps"
     with pytest.raises(InputError, match=problem):
         planned(path, 0, 0)
+
+
+def test_the_plan_says_what_each_phase_holds():
+    text = str(planned(RECIPES / "grpo-qwen-2.5-3b-qlora.yaml", 1, 24))
+    first, *others = text[text.index("memory ") :].splitlines()[:3]
+    assert first.startswith(
+        "memory      training 7.6 of 24 GiB per training process, an estimate: "
+    )
+    assert [line[:27] for line in others] == [
+        "            generation 7.1:",
+        "            evaluation 19.1",
+    ]
+    assert "KV cache 13.8, overhead 3.0" in others[1]
 
 
 def test_a_sixteen_bit_model_without_a_wide_copy_is_warned_about():
@@ -195,12 +230,96 @@ def test_somebody_elses_server_leaves_all_gpus_to_the_training():
     assert "the vLLM server at http://10.0.0.5:8000" in str(found)
 
 
-def test_a_launch_that_leaves_no_gpu_for_the_server_is_refused(monkeypatch):
+# ---- num_gpus -------------------------------------------------------------------------------
+
+COLOCATED = RECIPES / "grpo-qwen-2.5-1.5b-1gpu.yaml"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "overrides", "told"),
+    [
+        (COLOCATED, 8, [], "1 process on GPU 0 (of 8; num_gpus: 1)"),
+        (COLOCATED, 8, ALL_GPUS, "8 processes on GPUs 0-7, launched with"),
+        (COLOCATED, 1, [], "1 process on GPU 0"),
+        (COLOCATED, 2, ["--num_gpus", "4"], "2 processes on GPUs 0-1 (of 2; num_gpus: 4), launche"),
+        (ORIGINAL, 8, [], "3 processes on GPUs 0-2 (of 8; num_gpus: 4), launched"),
+    ],
+)
+def test_a_recipe_takes_as_many_gpus_as_it_says(recipe, gpus, overrides, told):
+    found = planned(recipe, gpus, 80, *overrides)
+    assert line(str(found), "training").startswith(told)
+    assert found.server_gpu in (None, 3)
+
+
+def test_a_server_and_the_training_need_a_gpu_each():
+    with pytest.raises(InputError, match="beside the training, and num_gpus leaves 1; write"):
+        planned(ORIGINAL, 8, 80, "--num_gpus", "1")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "processes", "overrides", "problem"),
+    [
+        (ORIGINAL, 3, [], None),
+        (
+            ORIGINAL,
+            4,
+            [],
+            "4 training processes on 4 GPUs leave none for the vLLM server; write "
+            "--num_processes 3, or give",
+        ),
+        (
+            ORIGINAL,
+            3,
+            ["--num_gpus", "3"],
+            r"on 3 GPUs \(num_gpus: 3\) leave none .*write --num_processes 2, or --num_gpus 4$",
+        ),
+        (COLOCATED, 1, [], None),
+        (
+            COLOCATED,
+            4,
+            [],
+            r"4 training processes on 1 GPU \(num_gpus: 1\); write "
+            "--num_processes 1, or --num_gpus 4",
+        ),
+        (COLOCATED, 8, ALL_GPUS, "8 training processes on 4 GPUs; write --num_processes 4$"),
+        (TINY, 8, [], None),
+    ],
+)
+def test_a_launch_of_more_processes_than_gpus_is_refused(
+    recipe, processes, overrides, problem, monkeypatch
+):
     monkeypatch.setattr(plan, "visible_gpus", lambda: ["0", "1", "2", "3"])
-    check_processes(load_recipe(ORIGINAL), 3)
-    problem = "4 training processes on 4 GPUs leave none for the vLLM server; "
-    with pytest.raises(InputError, match=problem + "write --num_processes 3"):
-        check_processes(load_recipe(ORIGINAL), 4)
+    recipe = load_recipe(recipe, overrides)
+    if problem is None:
+        check_processes(recipe, processes, processes)
+    else:
+        check_processes(recipe, processes, 1)  # the others are on other machines
+        with pytest.raises(InputError, match=problem):
+            check_processes(recipe, processes, processes)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "in_launch", "left", "served", "told"),
+    [
+        (ORIGINAL, [], True, "2,5", "7", ""),
+        (ORIGINAL, ["--num_gpus", "2"], True, "2", "5", "GPU 2 of 3: num_gpus: 2"),
+        (ORIGINAL, [], False, "2", "7", "GPU 2 of 3: this is one process; 'mini-r1 train' starts"),
+        (COLOCATED, ALL_GPUS, True, None, None, ""),
+        (COLOCATED, ["--num_gpus", "2"], True, "2,5", None, "GPUs 2, 5 of 3: num_gpus: 2"),
+        (COLOCATED, [], False, "2", None, "GPU 2 of 3: num_gpus: 1"),
+        (COLOCATED, ALL_GPUS, False, "2", None, "GPU 2 of 3: this is one process; 'mini-r1 train'"),
+    ],
+)
+def test_a_process_sees_the_gpus_that_are_its_own(
+    recipe, overrides, in_launch, left, served, told, monkeypatch, capsys
+):
+    monkeypatch.setattr(plan, "visible_gpus", lambda: ["2", "5", "7"])
+    monkeypatch.setattr(plan, "launched", lambda: in_launch)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert plan.take_gpus(load_recipe(recipe, overrides)) == served
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == left
+    said = capsys.readouterr().out
+    assert said.startswith(f"training on {told}") if told else said == ""
 
 
 # ---- Steps, evaluations, checkpoints --------------------------------------------------------
@@ -261,8 +380,8 @@ def test_the_plan_says_how_often_it_evaluates(overrides, told):
             ORIGINAL,
             4,
             [],
-            "18, every 25 steps, the last 2 kept: about 43 GB each (weights 6.2 GB, optimizer 37 "
-            "GB), at most 136 GB with the trained model",
+            "18, every 25 steps, the last 1 kept: about 49 GB each (weights 6.2 GB, optimizer 43 "
+            "GB), at most 105 GB with the trained model",
         ),
         (
             RECIPES / "grpo-qwen-2.5-3b-qlora.yaml",

@@ -33,6 +33,12 @@ def test_one_node_is_planned_as_mini_r1_train_does():
     assert (job.training_nodes, job.served, job.processes) == (1, False, 7)
 
 
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_a_job_launches_what_was_planned_without_knowing_the_memory(nodes):
+    in_the_job = planned(EIGHT, nodes, Machine(8, float("inf")))
+    assert planned(EIGHT, nodes, GPUS).launcher == in_the_job.launcher == "deepspeed_zero3"
+
+
 @pytest.mark.parametrize(
     "changes", [["--vllm_mode", "colocate"], ["--vllm_server_base_url", "http://elsewhere:8000"]]
 )

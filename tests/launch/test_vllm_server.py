@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from mini_r1 import InputError
-from mini_r1.launch import vllm_server
 from mini_r1.launch.guard import KEY
-from mini_r1.launch.vllm_server import ServerDied, VLLMServer, take_last_gpu
+from mini_r1.launch.vllm_server import ServerDied, VLLMServer
 from mini_r1.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -151,7 +150,7 @@ def test_the_server_sees_its_gpu_and_nothing_of_the_launcher(tmp_path, monkeypat
     assert server._env["VLLM_SERVER_DEV_MODE"] == "1"
     assert not {"RANK", "WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED"} & server._env.keys()
     command = " ".join(server._command)
-    assert "--model Qwen/Qwen2.5-3B-Instruct --revision main --host 127.0.0.1" in command
+    assert "--revision aa8e72537993ba99e69dfaafa59ed015b17504d1 --host 127.0.0.1" in command
     port = server.url.rpartition(":")[2]
     assert f"--port {port} --max-model-len 1280 --dtype bfloat16" in command
     assert '--weight-transfer-config {"backend": "nccl"}' in command
@@ -160,10 +159,3 @@ def test_the_server_sees_its_gpu_and_nothing_of_the_launcher(tmp_path, monkeypat
     assert len(server._env[KEY]) > 40
     assert server._env[KEY] not in command
     assert str(server.group_port) not in server.url
-
-
-def test_the_last_gpu_is_hidden_from_the_training(monkeypatch):
-    monkeypatch.setattr(vllm_server, "visible_gpus", lambda: ["2", "5", "7"])
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
-    assert take_last_gpu() == "7"
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,5"

@@ -48,6 +48,7 @@ from mini_r1.bases.sft import fine_tune, labelled
 from mini_r1.countdown.puzzles import Puzzle, generate
 from mini_r1.data import is_heldout, load_split
 from mini_r1.evaluate import heldout_puzzles, sample_batches, summarize
+from mini_r1.generators import Questions, by_transformers
 from mini_r1.manifest import versions, weights_hash
 from mini_r1.model import load_tokenizer
 from mini_r1.prompts import PROMPT_TEMPLATES
@@ -303,9 +304,9 @@ def measure(
     """Held-out success of a model on the base's task, as in `eval/*.json`."""
     task, max_completion_length = settings.task, settings.max_completion_length
     puzzles = heldout_puzzles(load_split(task), task)
-    batches = sample_batches(
-        model, tokenizer, puzzles, task, max_completion_length=max_completion_length
-    )
+    questions = Questions(puzzles, task, tokenizer, max_completion_length)
+    with by_transformers(model, questions) as generator:
+        batches = sample_batches(generator, questions)
     samples = [sample for _, batch in batches for sample in batch]
     return summarize(samples, task, max_completion_length=max_completion_length)
 

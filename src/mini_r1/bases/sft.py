@@ -21,7 +21,7 @@ from mini_r1 import InputError
 from mini_r1.bases.english import searches
 from mini_r1.data import load_split, puzzles_of
 from mini_r1.manifest import versions, weights_hash
-from mini_r1.model import load_merged, load_model, load_tokenizer, model_path
+from mini_r1.model import load_merged, load_tokenizer, model_path
 from mini_r1.recipe import load_recipe
 from mini_r1.run import MANIFEST_FILE, new_folder, weights_of, write_json, write_recipe
 
@@ -121,7 +121,7 @@ def teach(name: str, recipe_path: str, output: Path, num_traces: int) -> None:
 
         # every search once; the weights in float32, where small updates are not rounded away
         set_seed(seed)
-        model = load_merged(weights) or load_model(weights)
+        model = load_merged(weights)
         if getattr(model, "is_quantized", False):
             raise InputError("quantized; teach the whole model that it comes from", where=name)
         model.requires_grad_(True)  # what was merged was frozen

@@ -158,7 +158,7 @@ def _missing_packages(recipe: Recipe, launcher: str | None) -> Iterator[InputErr
             yield InputError(
                 f"{package} is not installed; {INSTALL_EXTRA}, or write {key}: false", key=key
             )
-    if launcher == "deepspeed_zero3" and find_spec("deepspeed") is None:
+    if (launcher or "").startswith("deepspeed") and find_spec("deepspeed") is None:
         yield InputError(
             "deepspeed is not installed, and full fine-tuning on several GPUs needs it; "
             + INSTALL_EXTRA
@@ -252,12 +252,17 @@ def _uploads(recipe: Recipe) -> Iterator[InputError]:
         yield InputError(f"{refusal}; {instead}", key=key)
 
 
-def check_model(name: str, recipe_path: str | None = None) -> None:
+def check_model(name: str, recipe_path: str | None = None, vllm: bool = False) -> None:
     """Refuse a run or model, named on the command line, that could not be loaded.
+
+    Args:
+        vllm: it is to be loaded by vLLM.
 
     Raises:
         InputError: the first of its problems.
     """
+    if vllm and find_spec("vllm") is None:
+        raise InputError(f"vllm is not installed; {INSTALL_EXTRA}, or leave it out", where="--vllm")
     weights, task, max_completion_length, _ = weights_and_task(name, recipe_path)
     lengths = (task.max_prompt_length, max_completion_length)
     for problem in model_problems(weights, lengths=lengths):
@@ -370,11 +375,12 @@ def _nearest(name: str) -> str | None:
 
 def _disk(recipe: Recipe, plan: Plan | None) -> Iterator[InputError]:
     """Whether the checkpoints and the trained model fit on the disk."""
-    sharded = "ACCELERATE_USE_DEEPSPEED" in os.environ
+    unsaid = 3 if "ACCELERATE_USE_DEEPSPEED" in os.environ else 0  # accelerate launch sets these
+    stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", unsaid))
     processes = num_processes()
     if plan:
-        sharded, processes = plan.launcher == "deepspeed_zero3", plan.processes
-    size = checkpoint_bytes(recipe, sharded)
+        stage, processes = plan.zero_stage, plan.processes
+    size = checkpoint_bytes(recipe, stage)
     if size is None or finished_summary(recipe) is not None:
         return
     number = checkpoints_at_most(recipe, optimizer_steps(recipe, processes))
@@ -415,15 +421,15 @@ def _data(recipe: Recipe) -> Mapping[str, Any] | None:
     Raises:
         InputError: they can be neither had nor used.
     """
-    source = recipe.task.dataset_id_or_path
+    source, revision = recipe.task.dataset_id_or_path, recipe.task.dataset_revision
     if source == "generated":
         return SAMPLE
-    if locate(source):
+    if locate(source, revision):
         columns = check_head(recipe.task)
         for reward in get_reward_functions(recipe.task.reward_funcs):
             reward.check_columns(columns)
         return columns
-    if refused := hub.refusal(source, "dataset"):
+    if refused := hub.refusal(source, "dataset", revision):
         raise refused
     return None
 

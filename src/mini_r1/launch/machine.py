@@ -12,9 +12,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 
 from mini_r1 import InputError
 
+# What CUDA talks to, on Linux and on WSL: where one of them is, there may be GPUs.
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
+ASK_TORCH = (
+    "from torch import cuda\n"
+    "for index in range(cuda.device_count()):\n"
+    "    print(cuda.get_device_properties(index).total_memory)"
+)
+ANSWER_TIMEOUT = 60.0  # seconds; torch is imported, perhaps from the disk of a network
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # What accelerate's PartialState takes for a launch, each by itself: the largest harmless value.
@@ -52,7 +61,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves to us, as nvidia-smi lists them."""
+    """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves to us."""
     visible = _visible()
     memory = min((device.memory for device in visible), default=0.0)
     return Machine(len(visible), memory, is_here=True)
@@ -77,13 +86,14 @@ def _visible() -> list[_Device]:
     It reads CUDA_VISIBLE_DEVICES up to the first entry that names no device or is of another kind
     than the first one. A device named twice leaves none: so has it torch, which was tried against
     the driver and counts for the training (`torch.cuda._parse_visible_devices`). One MIG slice
-    hides every other device (NVIDIA's MIG User Guide, CUDA Device Enumeration).
+    hides every other device (NVIDIA's MIG User Guide, CUDA Device Enumeration). Where nvidia-smi
+    does not list them, torch is asked, which is slower.
     """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     kind = next((kind for kind in ("GPU-", "MIG-") if (chosen or "").startswith(kind)), "")
     named = _devices(kind)
-    if kind == "MIG-" and not named and _devices(""):
-        return [_Device(str(chosen).partition(",")[0], 0.0)]
+    if not named and any(map(os.path.exists, DRIVERS)):
+        return _as_torch_counts(chosen)
     taken: list[str] = []
     for entry in named if chosen is None else chosen.split(","):
         if kind:  # a UUID may be cut short
@@ -109,14 +119,14 @@ def _devices(kind: str) -> dict[str, list[_Device]]:
     query = "--query-gpu=index,memory.total,mig.mode.current"
     sizes: dict[str, float] = {}
     sliced = set()
-    for line in _nvidia_smi(query, "--format=csv,noheader,nounits"):
+    for line in _printed("nvidia-smi", query, "--format=csv,noheader,nounits"):
         if card := re.match(r"(\d+), (\d+)?", line):  # of shared memory it says [N/A]
             sizes[card[1]] = float(card[2] or 0) / 1024
             sliced |= {card[1]} if line.endswith(", Enabled") else set()
     # The UUIDs, and the slices with their GB as their profile says: 3g.20gb.
     uuids: dict[str, str] = {}
     slices: dict[str, list[_Device]] = {index: [] for index in sliced}
-    for line in _nvidia_smi("-L") if kind or sliced else []:
+    for line in _printed("nvidia-smi", "-L") if kind or sliced else []:
         if card := re.match(r"GPU (\d+): .*\(UUID: (\S+)\)", line):
             uuids[card[1]] = card[2]
         elif part := re.match(r"\s+MIG \S*?(\d+)gb.*\(UUID: (\S+)\)", line):
@@ -127,11 +137,23 @@ def _devices(kind: str) -> dict[str, list[_Device]]:
     return {name: slices.get(index, [_Device(name, sizes[index])]) for index, name in names.items()}
 
 
-def _nvidia_smi(*arguments: str) -> list[str]:
-    """The lines that it prints; none where there is none."""
-    command = ["nvidia-smi", *arguments]
+@cache
+def _as_torch_counts(chosen: str | None) -> list[_Device]:
+    """The devices that torch counts: containers may lack nvidia-smi, or its right to see slices.
+
+    In a process of its own: CUDA reads CUDA_VISIBLE_DEVICES once, and this one may still set it.
+    """
+    sizes = _printed(sys.executable, "-P", "-c", ASK_TORCH)
+    names = map(str, range(len(sizes))) if chosen is None else chosen.split(",")
+    return [_Device(name, int(size) / 2**30) for name, size in zip(names, sizes, strict=False)]
+
+
+def _printed(*command: str) -> list[str]:
+    """The lines that a command prints; none where there is no such command, or it fails."""
     try:
-        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=ANSWER_TIMEOUT
+        )
     except (OSError, subprocess.SubprocessError):
         return []
     return [line for line in done.stdout.splitlines() if line.strip()]
@@ -153,6 +175,11 @@ def is_main_process() -> bool:
 def num_processes() -> int:
     """How many processes the launch has started; 1 without a launch."""
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def processes_here() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", num_processes())) if launched() else 1
 
 
 def end_with_launcher() -> None:

@@ -4,9 +4,9 @@
     mini-r1 doctor RECIPE --gpus 4 --gpu-memory 80           # for another one
 
 Who runs where follows from three rules: one training process per GPU; a vLLM server that the
-recipe leaves to us takes the last GPU; full fine-tuning on several GPUs is sharded by DeepSpeed
-ZeRO-3, LoRA and QLoRA are copied (DDP). Nothing starts here, until `launch`. Imports no ML
-library: a mistake is told in well under a second.
+recipe leaves to us takes the last GPU; full fine-tuning on several GPUs is sharded by DeepSpeed,
+ZeRO-2 where that fits and ZeRO-3 elsewhere, LoRA and QLoRA are copied (DDP). Nothing starts here,
+until `launch`. Imports no ML library: a mistake is told in well under a second.
 """
 
 import logging
@@ -24,13 +24,15 @@ from typing import Any
 
 from mini_r1 import BAD_INPUT, SIGNALLED, InputError, Interrupted, RunFailed
 from mini_r1.launch.guard import MIDDLEWARE
-from mini_r1.launch.machine import Machine, visible_gpus
+from mini_r1.launch.machine import Machine, is_main_process, launched, visible_gpus
 from mini_r1.launch.memory import (
     checkpoint_bytes,
     computes_in_16_bit,
-    estimate_memory,
     has_16_bit_weights,
+    least_vllm_share,
     peak,
+    phases,
+    zero_stage,
 )
 from mini_r1.launch.network import LOOPBACK
 from mini_r1.model import is_local, model_path, whole_model
@@ -41,6 +43,7 @@ LAUNCH_CONFIGS = Path("configs/accelerate_configs")
 TRAINING_SCRIPT = Path("scripts/run_r1_grpo.py")
 SERVER_MEMORY_UTILIZATION = 0.9  # of a GPU that the server has for itself
 ONE_GPU_RECIPE = "recipes/grpo-qwen-2.5-3b-1gpu.yaml"
+LAUNCHER_OF_STAGE = {0: "ddp", 2: "deepspeed_zero2", 3: "deepspeed_zero3"}
 
 
 # ---- The plan -------------------------------------------------------------------------------
@@ -54,7 +57,8 @@ class Plan:
         processes: training processes, one per GPU or one on the CPU.
         launcher: the accelerate config that starts them; None for a single process.
         server_gpu: the GPU of a vLLM server of the run's own, counted among the visible ones.
-        memory: what a training GPU must hold, in GiB by purpose; None if that is not known here.
+        memory: what a training process holds in each phase, in GiB by purpose; None if that is not
+            known here.
     """
 
     recipe: Recipe
@@ -62,7 +66,13 @@ class Plan:
     processes: int
     launcher: str | None
     server_gpu: int | None
-    memory: Mapping[str, float] | None
+    memory: Mapping[str, Mapping[str, float]] | None
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's, 0 without it."""
+        stages = (stage for stage, name in LAUNCHER_OF_STAGE.items() if name == self.launcher)
+        return next(stages, 0)
 
     @property
     def command(self) -> list[str]:
@@ -81,9 +91,7 @@ class Plan:
             "machine": str(self.machine),
             "training": self._training(),
             "generation": self._generation(),
-            "batch": describe_batch(self.recipe, self.processes)
-            + f": {_processes(self.processes)} x {self.recipe.get('per_device_train_batch_size')} "
-            f"per device x {self.recipe.get('gradient_accumulation_steps')} accumulated",
+            "batch": describe_batch(self.recipe, self.processes),
             "steps": self._steps(),
             "no signal": self._no_signal(),
             "evaluations": self._evaluations(),
@@ -94,8 +102,8 @@ class Plan:
         if self.server_gpu is not None:
             server = shlex.join(["python", *server_command(self.recipe, "PORT")])
             lines["server"] = f"CUDA_VISIBLE_DEVICES={self.server_gpu} {server}"
-        copied_in_16_bit = has_16_bit_weights(self.recipe) and self.launcher != "deepspeed_zero3"
-        if copied_in_16_bit and not self.recipe.get("use_peft"):
+        only_in_16_bit = has_16_bit_weights(self.recipe) and not self.zero_stage
+        if only_in_16_bit and not self.recipe.get("use_peft"):
             lines["beware"] = (
                 "16-bit weights without a 32-bit copy (only ZeRO keeps one) are spaced so widely "
                 "that updates of a small learning_rate are rounded away; write dtype: float32, "
@@ -108,6 +116,8 @@ class Plan:
             devices = "the CPU"
         else:
             devices = "GPU 0" if self.processes == 1 else f"GPUs 0-{self.processes - 1}"
+            if self.recipe.get("num_gpus") not in (None, self.machine.gpus):
+                devices += f" (of {self.machine.gpus}; num_gpus: {self.recipe.get('num_gpus')})"
         launched = f", launched with {self.launcher}.yaml" if self.launcher else ""
         return f"{_processes(self.processes)} on {devices}{launched}"
 
@@ -115,7 +125,7 @@ class Plan:
         get = self.recipe.get
         if not get("use_vllm"):
             return "by transformers, in the training processes"
-        if get("vllm_mode") == "colocate":
+        if colocates(self.recipe):
             sleep = ", asleep while training" if get("vllm_enable_sleep_mode") else ""
             share = f"{get('vllm_gpu_memory_utilization'):.0%} of their memory"
             return f"by vLLM on the training GPUs, {share}{sleep}"
@@ -174,7 +184,7 @@ class Plan:
         kept = f", the last {limit:,} kept" if limit else ""
 
         # How large are they, and does the disk hold them?
-        size = checkpoint_bytes(self.recipe, self.launcher == "deepspeed_zero3")
+        size = checkpoint_bytes(self.recipe, self.zero_stage)
         if size is None:
             return f"{number}{kept}; their size is not known without loading the model"
         parts = ", ".join(f"{name} {_size(part)}" for name, part in size.items() if part)
@@ -191,10 +201,13 @@ class Plan:
     def _memory(self) -> str:
         if self.memory is None:
             return "not estimated: the shape of this model is not known without loading it"
-        parts = ", ".join(f"{name} {gib:.1f}" for name, gib in self.memory.items() if gib >= 0.05)
         of = f" of {self.machine.gpu_memory:.0f}" if self.machine.gpu_memory else ""
-        needed = peak(self.memory, self.recipe)
-        return f"about {needed:.1f}{of} GiB per training process, an estimate: {parts}"
+        of += " GiB per training process, an estimate"
+        lines = []
+        for phase, held in self.memory.items():
+            parts = ", ".join(f"{name} {gib:.1f}" for name, gib in held.items() if gib >= 0.05)
+            lines.append(f"{phase} {sum(held.values()):.1f}{'' if lines else of}: {parts}")
+        return f"\n{'':<12}".join(lines)
 
 
 def make_plan(recipe: Recipe, machine: Machine) -> Plan:
@@ -211,31 +224,40 @@ def make_plan(recipe: Recipe, machine: Machine) -> Plan:
             "recipes/tiny-cpu.yaml",
             "use_vllm",
         )
-    managed = owns_server(recipe)
-    if managed and not on_cpu and machine.gpus < 2:
+    managed, gpus = owns_server(recipe), gpus_to_use(recipe, machine.gpus)
+    if managed and not on_cpu and gpus < 2:
+        has = "num_gpus leaves" if gpus < machine.gpus else "this machine has"
         raise recipe.error(
-            "server needs a GPU of its own beside the training, and this machine has 1; write "
+            f"server needs a GPU of its own beside the training, and {has} 1; write "
             "vllm_mode: colocate (and vllm_enable_sleep_mode: true), or take " + ONE_GPU_RECIPE,
             "vllm_mode",
         )
     # The rest of the GPUs trains. Can they share the batch, and hold what they must?
-    processes = 1 if on_cpu else machine.gpus - managed
+    processes = 1 if on_cpu else gpus - managed
     check_batch(recipe, processes)
-    memory = estimate_memory(recipe, processes, machine.gpu_memory)
-    known = memory is not None and not on_cpu and machine.gpu_memory > 0
-    if known and peak(memory, recipe) > machine.gpu_memory:
-        raise recipe.error(
-            f"{recipe.model['model_name_or_path']} needs about {peak(memory, recipe):.0f} GiB on "
-            f"each GPU and this machine has {machine.gpu_memory:.0f}; "
-            + _what_would_fit(recipe, machine, processes),
-            "model_name_or_path",
-        )
+    memory = phases(recipe, processes, machine.gpu_memory)
+    if memory is not None and not on_cpu and machine.gpu_memory > 0:
+        phase, needed = peak(memory)
+        if needed > machine.gpu_memory:
+            raise recipe.error(
+                f"{recipe.model['model_name_or_path']} needs about {needed:.0f} GiB on each GPU "
+                f"for {phase} and this machine has {machine.gpu_memory:.0f}; "
+                + _what_would_fit(recipe, machine, processes),
+                "model_name_or_path",
+            )
+        least = least_vllm_share(recipe, machine.gpu_memory) if colocates(recipe) else 0.0
+        if recipe.get("vllm_gpu_memory_utilization") < least:
+            raise recipe.error(
+                f"vLLM alone needs about {least * machine.gpu_memory:.0f} GiB of "
+                f"{machine.gpu_memory:.0f} here, more than this share; write {least}",
+                "vllm_gpu_memory_utilization",
+            )
     return Plan(
         recipe=recipe,
         machine=machine,
         processes=processes,
-        launcher=launcher_for(recipe, processes),
-        server_gpu=machine.gpus - 1 if managed and not on_cpu else None,
+        launcher=launcher_for(recipe, processes, machine.gpu_memory),
+        server_gpu=gpus - 1 if managed and not on_cpu else None,
         memory=memory,
     )
 
@@ -250,35 +272,57 @@ def _size(size: float) -> str:
     return f"{size / scale:.{int(size < 10 * scale)}f} {unit}"
 
 
-def launcher_for(recipe: Recipe, processes: int) -> str | None:
-    """The accelerate config that starts so many processes; None for one, which needs none."""
+def launcher_for(recipe: Recipe, processes: int, gpu_memory: float = 0.0) -> str | None:
+    """The accelerate config that starts so many processes; None for one, which needs none.
+
+    Args:
+        gpu_memory: GiB per GPU; 0 if it is not known, which is safe: `zero_stage` says why.
+    """
     if processes == 1:
         return None
     if recipe.get("use_cpu"):
         return "cpu"
-    return "ddp" if recipe.get("use_peft") else "deepspeed_zero3"
+    return LAUNCHER_OF_STAGE[zero_stage(recipe, processes, gpu_memory)]
 
 
-def check_processes(recipe: Recipe, processes: int) -> None:
+def gpus_to_use(recipe: Recipe, gpus: int) -> int:
+    """How many of a machine's GPUs a recipe takes: the first so many."""
+    return min(recipe.get("num_gpus") or gpus, gpus)
+
+
+def check_processes(recipe: Recipe, processes: int, here: int) -> None:
     """What `accelerate launch --num_processes` was told, against this machine and the recipe.
 
     Called by every process.
 
+    Args:
+        here: those of the processes that run on this machine.
+
     Raises:
-        InputError: no GPU is left for the vLLM server, or the batch cannot be shared out.
+        InputError: there are fewer GPUs, none is left for the vLLM server, or the batch cannot be
+            shared out.
     """
-    gpus = len(visible_gpus())
-    if owns_server(recipe) and not recipe.get("use_cpu") and processes >= gpus:
-        raise InputError(
-            f"{processes} training processes on {gpus} GPUs leave none for the vLLM server; write "
-            f"--num_processes {max(gpus - 1, 1)}, or give the address of a server as "
-            "vllm_server_base_url",
-            where="--num_processes",
-        )
+    visible = 0 if recipe.get("use_cpu") else len(visible_gpus())
+    gpus, served = gpus_to_use(recipe, visible), owns_server(recipe) and not recipe.get("use_cpu")
+    if here + served > gpus and (gpus or served):
+        problem = f"{here} training processes on {gpus} GPU{'s' if gpus != 1 else ''}"
+        problem += f" (num_gpus: {gpus})" if gpus < visible else ""
+        problem += " leave none for the vLLM server" if served else ""
+        problem += f"; write --num_processes {max(gpus - served, 1)}"
+        if here + served <= visible:
+            problem += f", or --num_gpus {here + served}"
+        elif served:
+            problem += ", or give the address of a server as vllm_server_base_url"
+        raise InputError(problem, where="--num_processes")
     check_batch(recipe, processes)
 
 
 # ---- The vLLM server ------------------------------------------------------------------------
+
+
+def colocates(recipe: Recipe) -> bool:
+    """Whether vLLM shares the GPUs of the training."""
+    return bool(recipe.get("use_vllm")) and recipe.get("vllm_mode") == "colocate"
 
 
 def owns_server(recipe: Recipe) -> bool:
@@ -318,9 +362,9 @@ def server_command(
 ) -> list[str]:
     """The vLLM server that a recipe needs, as arguments of a Python interpreter.
 
-    It is the module that served when vLLM 0.31 renamed `vllm.entrypoints.openai.api_server`. The
-    command `vllm serve` has the same options, but does not run with the CPU builds, and for several
-    replicas starts as many front ends. It answers only to who brings the key of its environment:
+    It is the module that vllm.entrypoints.openai.api_server, deprecated in 0.31, hands over to.
+    `vllm serve` takes the same options, but it does not run in the CPU builds, and starts a front
+    end for each replica. The server answers only to who brings the key of its environment:
     guard.py.
 
     Args:
@@ -329,10 +373,8 @@ def server_command(
     model, revision = served_model(recipe)
     completion = recipe.get("max_completion_length")
     utilization = recipe.training.get("vllm_gpu_memory_utilization", SERVER_MEMORY_UTILIZATION)
-    # That of the training's computing, also where its weights are kept in 32 bit.
-    dtype = "float16" if recipe.get("fp16") else recipe.get("dtype")
-    if computes_in_16_bit(recipe) and not recipe.get("fp16"):
-        dtype = "bfloat16"
+    # The training's precision, which may be below that of its weights.
+    narrow = "float16" if recipe.get("fp16") else "bfloat16"
     options = {
         "model": model,
         "revision": revision,
@@ -340,7 +382,7 @@ def server_command(
         "port": port,
         "max-model-len": recipe.get("vllm_max_model_length")
         or recipe.task.max_prompt_length + completion,
-        "dtype": dtype,
+        "dtype": narrow if computes_in_16_bit(recipe) else recipe.get("dtype"),
         "gpu-memory-utilization": utilization,
         "seed": recipe.get("seed"),
         "data-parallel-size": replicas if replicas > 1 else None,
@@ -429,7 +471,12 @@ def describe_batch(recipe: Recipe, processes: int) -> str:
     completions = completions_per_step(recipe, processes)
     group = recipe.get("num_generations")
     prompts = f"{completions / group:g} prompts x {group}"
-    return f"{completions} completions per optimizer step, {prompts}"
+    per_device = f"{recipe.get('per_device_train_batch_size')} per device"
+    accumulated = f"{recipe.get('gradient_accumulation_steps')} accumulated"
+    return (
+        f"{completions} completions per optimizer step, {prompts}: "
+        f"{_processes(processes)} x {per_device} x {accumulated}"
+    )
 
 
 def check_batch(recipe: Recipe, processes: int) -> None:
@@ -501,8 +548,11 @@ def _what_would_fit(recipe: Recipe, machine: Machine, processes: int) -> str:
     get = recipe.get
     batch, accumulated = get("per_device_train_batch_size"), get("gradient_accumulation_steps")
     steps: list[dict[str, Any]] = [{"gradient_checkpointing": True}]
-    if get("use_vllm") and get("vllm_mode") == "colocate":
+    if colocates(recipe):
         steps.append({"vllm_enable_sleep_mode": True})
+        least = least_vllm_share(recipe, machine.gpu_memory)
+        if get("vllm_gpu_memory_utilization") < least:
+            steps.append({"vllm_gpu_memory_utilization": least})
     while batch % 2 == 0:
         batch, accumulated = batch // 2, accumulated * 2
         batches = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -516,13 +566,36 @@ def _what_would_fit(recipe: Recipe, machine: Machine, processes: int) -> str:
         model = {key: value for key, value in changes.items() if key in of_model}
         training = {key: value for key, value in changes.items() if key not in of_model}
         changed = replace(recipe, model=recipe.model | model, training=recipe.training | training)
-        memory = estimate_memory(changed, processes, machine.gpu_memory)
-        if memory is not None and peak(memory, changed) <= machine.gpu_memory:
+        memory = phases(changed, processes, machine.gpu_memory)
+        if memory is not None and peak(memory)[1] <= machine.gpu_memory:
             return "write " + ", ".join(f"{key}: {str(v).lower()}" for key, v in changes.items())
     return "take larger GPUs or a smaller model"
 
 
 # ---- The launch -----------------------------------------------------------------------------
+
+
+def take_gpus(recipe: Recipe) -> str | None:
+    """Leave this process its GPUs, and return that of the vLLM server which it is to start, if any.
+
+    A process of a launch sees all that train; one by itself sees the first, since libraries spread
+    it over all that it sees.
+
+    To be called before anything asks CUDA what there is, which is when CUDA reads the variable.
+    """
+    visible = visible_gpus()
+    taken = visible[: gpus_to_use(recipe, len(visible))]
+    server_gpu = taken.pop() if taken and owns_server(recipe) else None
+    training = taken if launched() else taken[:1]
+    if training != visible:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(training)
+    if training != visible[: len(visible) - (server_gpu is not None)] and is_main_process():
+        why = "this is one process; 'mini-r1 train' starts one for each"
+        if training == taken:
+            why = f"num_gpus: {recipe.get('num_gpus')}"
+        of = f"GPU{'s' if len(training) > 1 else ''} {', '.join(training)} of {len(visible)}"
+        print(f"training on {of}: {why}", flush=True)
+    return server_gpu
 
 
 def launch(plan: Plan) -> None:

@@ -39,6 +39,7 @@ from mini_r1.launch.plan import (
     TRAINING_SCRIPT,
     check_batch,
     describe_batch,
+    gpus_to_use,
     launcher_for,
     make_plan,
     owns_server,
@@ -149,10 +150,12 @@ def plan_job(recipe: Recipe, nodes: int, machine: Machine) -> JobPlan:
     """
     if nodes == 1:
         plan = make_plan(recipe, machine)
-        return JobPlan(recipe, 1, False, plan.processes, plan.launcher)
+        # What a GPU holds is not known in the job, and it must launch what was planned.
+        launcher = launcher_for(recipe, plan.processes)
+        return JobPlan(recipe, 1, False, plan.processes, launcher)
     served = owns_server(recipe)
     training_nodes = nodes - served
-    per_node = 1 if recipe.get("use_cpu") else machine.gpus
+    per_node = 1 if recipe.get("use_cpu") else gpus_to_use(recipe, machine.gpus)
     if per_node < 1:
         raise recipe.error(
             "no GPUs on the nodes; give --gpus-per-node, or train a recipe with use_cpu: true",

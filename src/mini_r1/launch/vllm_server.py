@@ -23,7 +23,6 @@ from typing import NoReturn
 
 from mini_r1 import InputError, RunFailed, hub, one_line
 from mini_r1.launch.guard import KEY, draw_key, key_header
-from mini_r1.launch.machine import visible_gpus
 from mini_r1.launch.network import LOOPBACK, reserve_port
 from mini_r1.launch.plan import server_command, to_download
 from mini_r1.recipe import Recipe
@@ -50,20 +49,6 @@ LAUNCHER_VARIABLES = (
     "TORCHELASTIC_",
     "ACCELERATE_",
 )
-
-
-def take_last_gpu() -> str | None:
-    """Hide the last visible GPU from this process, for the server, and return its name.
-
-    None without GPUs.
-
-    To be called before anything asks CUDA what there is, which is when CUDA reads the variable.
-    """
-    gpus = visible_gpus()
-    if not gpus:
-        return None
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[:-1])
-    return gpus[-1]
 
 
 class ServerDied(RunFailed):
@@ -121,10 +106,10 @@ class VLLMServer:
             time.sleep(POLL_INTERVAL)
 
     def watch(self) -> None:
-        """From now on end this process, with exit code 1 and the log's tail, should the server die.
+        """From now on end this process, with exit code 1 and the log's tail, if the server is lost.
 
-        Or hang. Waiting for the next request to fail would take TRL's client a minute, and the
-        other ranks' collectives half an hour.
+        It died, or hangs. Waiting for the next request to fail would take TRL's client a minute,
+        and the other ranks' collectives half an hour.
         """
         threading.Thread(target=self._watch, args=(self._keeper,), daemon=True).start()
 

@@ -58,7 +58,8 @@ def test_the_server_of_an_adapter_loads_its_base_and_not_the_revision_of_the_ada
     recipe = load_recipe(ORIGINAL, adapter)
     assert plan.served_model(recipe) == ("owner/base", None)
     assert plan.to_download(recipe) == ["owner/base"]
-    assert plan.to_download(load_recipe(ORIGINAL)) == ["Qwen/Qwen2.5-3B-Instruct", "main"]
+    original = load_recipe(ORIGINAL, ["--model_revision", "v1"])
+    assert plan.to_download(original) == ["Qwen/Qwen2.5-3B-Instruct", "v1"]
     assert plan.to_download(load_recipe(TINY)) == []
 
 

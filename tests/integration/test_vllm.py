@@ -144,9 +144,9 @@ def test_a_resumed_run_generates_with_its_own_weights(tmp_path):
 @pytest.mark.parametrize("changes", [UNCORRECTED, {}], ids=["ours", "of TRL's correction"])
 def test_the_alarm_for_stale_weights_works(tmp_path, changes):
     done = train(tmp_path / "run", "--stale-weights", **changes)
-    first, *later = logp_differences(tmp_path / "run")
+    first, *_, last = logp_differences(tmp_path / "run")
     assert first < 0.01
-    assert min(later) > 0.02
+    assert last > 0.1
     assert done.stdout.count("vLLM samples from other weights than are trained") == 1
 
 

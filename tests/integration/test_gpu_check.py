@@ -96,7 +96,7 @@ def test_a_curve_counts_as_far_as_it_came_and_a_shape_is_laid_beside_its_plan(tm
     endless = {"max_steps": 5000, "eval_strategy": "steps", "eval_steps": 2}
     steps = [
         Step("shape", "grpo-qwen-2.5-3b-1gpu.yaml", 2, SHORT_ON_CPU, "tiny", memory=24.0),
-        Step("curve", "tiny-cpu.yaml", 1, SHORT_ON_CPU | endless, open_ended=True),
+        Step("curve", "tiny-cpu.yaml", 0.7, SHORT_ON_CPU | endless, open_ended=True),
     ]
     shape, curve = check(tmp_path / "figures.json", steps, Machine(1, 80.0))["steps"]
     assert (shape["outcome"], curve["outcome"]) == ("ok", "ok")

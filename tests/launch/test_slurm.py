@@ -220,5 +220,5 @@ def test_a_dry_run_shows_the_job(capsys):
     printed = capsys.readouterr().out
     assert "2 to train, 8 processes on each, 1 more for vLLM, the last" in printed
     script = "scripts/slurm/train.sbatch recipes/grpo-qwen-2.5-3b-8gpu.yaml"
-    sizes = "--nodes=3 --gpus-per-node=8 --cpus-per-gpu=4 --time=1:00:00"
+    sizes = "--nodes=3 --gpus-per-node=8 --cpus-per-gpu=4 --mem=62G --time=1:00:00"
     assert f"sbatch {sizes} {script}" in printed

@@ -11,6 +11,7 @@ network.py.
     mini-r1 slurm RECIPE --nodes 3 --gpus-per-node 8 --gpu-memory 80 --dry-run   # without SLURM
 """
 
+import math
 import os
 import re
 import shlex
@@ -182,9 +183,17 @@ def submit_command(
     options = [f"--nodes={nodes}"]
     if gpus_per_node:
         options += [f"--gpus-per-node={gpus_per_node}", f"--cpus-per-gpu={CPUS_PER_GPU}"]
+        options += [f"--mem={math.ceil(host_memory(recipe, gpus_per_node))}G"]
     options += [f"--time={time_limit}"] if time_limit else []
     script = ["scripts/slurm/train.sbatch", os.path.relpath(recipe.path, ROOT), *recipe.overrides]
     return ["sbatch", *options, *script]
+
+
+def host_memory(recipe: Recipe, processes: int) -> float:
+    """GiB of a node's own memory that so many processes may take while they load their model."""
+    shape = model_shape(recipe.model["model_name_or_path"])
+    weights = shape.parameters * (2 if has_16_bit_weights(recipe) else 4) if shape else 0
+    return processes * (MEMORY_PER_PROCESS + weights / 2**30)
 
 
 # ---- In the job -----------------------------------------------------------------------------
@@ -267,9 +276,7 @@ class Job:
             or int(env.get("SLURM_MEM_PER_CPU", 0)) * int(env.get("SLURM_CPUS_ON_NODE", 0))
             or int(env.get("SLURM_MEM_PER_GPU", 0)) * self.gpus_per_node
         )
-        shape = model_shape(self.recipe.model["model_name_or_path"])
-        weights = shape.parameters * (2 if has_16_bit_weights(self.recipe) else 4) if shape else 0
-        wanted = processes * (MEMORY_PER_PROCESS + weights / 2**30)
+        wanted = host_memory(self.recipe, processes)
         if 0 < megabytes < wanted * 1024:
             yield (
                 f"{megabytes / 1024:.0f} GiB {there}, which may take {wanted:.0f} while the model "

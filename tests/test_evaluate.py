@@ -209,13 +209,14 @@ def test_off_a_terminal_a_line_from_time_to_time_says_how_far_it_is(monkeypatch,
     with progress_bar(2000, "before") as on_batch:
         on_batch(1024)
         time.sleep(0.2)
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "evaluating before: 1,024 of 2,000 completions after 0 s"
+    out, err = capsys.readouterr()
+    assert not out  # where the result goes
+    assert err.splitlines()[0] == "evaluating before: 1,024 of 2,000 completions after 0 s"
     time.sleep(0.2)
-    assert not capsys.readouterr().out
+    assert not capsys.readouterr().err
     with progress_bar(2000, "before", shown=False):
         time.sleep(0.2)
-    assert not capsys.readouterr().out
+    assert not capsys.readouterr().err
 
 
 def test_a_reward_changes_no_example(own_task):

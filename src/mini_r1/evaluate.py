@@ -11,6 +11,7 @@ processes, and the training's random state is untouched.
 import asyncio
 import inspect
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -173,13 +174,13 @@ def progress_bar(
 
 @contextmanager
 def _plain_lines(name: str, task: Task, shown: bool) -> Generator[None]:
-    """Says how far a task is, from a thread: a single batch may take minutes."""
+    """Says how far a task is, beside the result, from a thread: a single batch may take minutes."""
     ended = Event()
 
     def tell() -> None:
         while not ended.wait(PLAIN_SECONDS):
             far = f"{task.completed:,.0f} of {task.total:,.0f} completions"
-            print(f"{name}: {far} after {task.elapsed or 0:.0f} s", flush=True)
+            print(f"{name}: {far} after {task.elapsed or 0:.0f} s", file=sys.stderr, flush=True)
 
     thread = Thread(target=tell, daemon=True)
     if shown:

@@ -9,7 +9,7 @@ import pytest
 from mini_r1.launch.memory import model_shape
 from mini_r1.recipe import load_recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.minutes]
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "grpo-qwen-2.5-3b-1gpu.yaml"

@@ -166,6 +166,7 @@ def test_a_model_is_saved_as_it_computes_and_a_checkpoint_as_it_is_trained(
     assert evaluate_model(str(run_dir))["num_puzzles"] == 20
 
 
+@pytest.mark.minutes
 def test_kill_9_loses_nothing(straight, tmp_path):
     run_dir = tmp_path / "killed"
     process = subprocess.Popen(
@@ -380,6 +381,7 @@ def test_own_rewards_and_data_train_and_the_run_is_evaluated_elsewhere(own_task)
     assert json.loads(done.stdout)["success"] == after["success"]
 
 
+@pytest.mark.minutes
 def test_a_reward_that_is_no_number_ends_the_run_with_one_line(own_task):
     done = train_own(own_task, "format", "my_task.broken")
     assert done.returncode == 1
@@ -489,6 +491,7 @@ def test_why_nothing_is_learned_is_said_once_also_after_a_resume(own_task):
         assert outcome() == (line, times)
 
 
+@pytest.mark.minutes
 def test_lora_dtype_and_scheduled_evaluation(tmp_path):
     run_dir = tmp_path / "lora"
     lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
@@ -572,6 +575,7 @@ def test_ctrl_c_saves_and_the_command_it_names_goes_on(straight, tmp_path):
     assert_same_outcome(run_dir, straight[0])
 
 
+@pytest.mark.minutes
 def test_the_second_ctrl_c_and_one_before_the_first_step_end_it_at_once(tmp_path):
     long = {"gradient_accumulation_steps": 64, "steps_per_generation": 64}
     arguments = command(tmp_path / "run", **long, max_completion_length=100, num_eval_puzzles=4)

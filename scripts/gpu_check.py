@@ -35,7 +35,7 @@ from mini_r1.launch.memory import phases
 from mini_r1.manifest import versions
 from mini_r1.metrics import LOGP_DIFFERENCE, METRICS
 from mini_r1.recipe import ROOT, load_recipe
-from mini_r1.run import load_run, write_json, write_text
+from mini_r1.run import load_run, write_json, write_section
 
 RECIPES, SCRIPTS = ROOT / "recipes", ROOT / "scripts"
 MINUTES = 29.0  # for all steps together
@@ -43,7 +43,7 @@ SMALL_CARD = 24.0  # GiB
 LEARNED = 0.85  # held-out success of tiny-cpu, whose seeds reach 0.91 to 0.92
 # Between vLLM's log-probabilities and the trainer's; of tiny_base rounding to bf16 makes 0.0002.
 ALARM = 0.01
-BEGIN, END = "<!-- written by scripts/gpu_check.py -->", "<!-- end -->"
+BEGIN = "<!-- written by scripts/gpu_check.py -->"
 
 # The first of four steps warms up and does not count; an evaluation is one batch, 256 completions.
 SHORT = {
@@ -340,21 +340,17 @@ def section(result: Mapping[str, Any] | None) -> str:
     return f"Measured {result['date']} on {gpus}, with {known}.\n\n{table(result['steps'])}"
 
 
-def write_section(document: Path, record: Path | None) -> None:
+def write_figures(document: Path, record: Path | None) -> None:
     """Put the section into a document, between the two lines that say so.
 
     Raises:
         InputError: the document has no such lines, or the record is none of this script's.
     """
-    before, begin, rest = document.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise InputError(f"it has no lines '{BEGIN}' and '{END}'", where=document)
     try:
         text = section(json.loads(record.read_text(encoding="utf-8")) if record else None)
     except (ValueError, LookupError, TypeError):
         raise InputError("not written by scripts/gpu_check.py", where=record) from None
-    write_text(document, f"{before}{begin}\n\n{text}\n\n{end}{after}")
+    write_section(document, BEGIN, text)
 
 
 def main() -> None:
@@ -368,7 +364,7 @@ def main() -> None:
         if not path.is_file():
             raise InputError("no such file", where=path)
     if args.write:
-        write_section(args.write[0], next(iter(args.write[1:]), None))
+        write_figures(args.write[0], next(iter(args.write[1:]), None))
         return
     if args.smollm2 and not (args.smollm2 / "config.json").exists():
         problem = "no model is there; make it as recipes/smollm2-135m.yaml says"

@@ -14,14 +14,16 @@ from operator import itemgetter
 from pathlib import Path
 
 from mini_r1 import InputError
+from mini_r1.catalog import markdown_table
 from mini_r1.launch.machine import Machine
 from mini_r1.launch.memory import peak
 from mini_r1.launch.plan import make_plan
 from mini_r1.recipe import Recipe, load_recipe
+from mini_r1.run import write_section
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "guide.md"
-BEGIN, END = "<!-- written by scripts/plan_table.py -->\n", "<!-- end -->\n"
+BEGIN = "<!-- written by scripts/plan_table.py -->"
 GPUS, SIZES = (1, 2, 4, 8), (16, 24, 40, 80, 141)
 LAUNCHED = {None: "", "ddp": "DDP, ", "deepspeed_zero2": "ZeRO-2, ", "deepspeed_zero3": "ZeRO-3, "}
 TOO_LARGE = re.compile(r"needs about (\d+) GiB on each GPU for (\w+)")
@@ -32,14 +34,12 @@ def main() -> None:
     if sys.argv[1:] != ["--write"]:
         print(table())
         return
-    text = GUIDE.read_text(encoding="utf-8")
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    GUIDE.write_text(f"{text[:start]}\n{table()}\n{text[end:]}", encoding="utf-8")
+    write_section(GUIDE, BEGIN, table())
 
 
 def table() -> str:
     heading = ["recipe", "GPUs", *(f"{size} GB" for size in SIZES)]
-    rows = [heading, ["---"] * len(heading)]
+    rows = []
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         recipe = load_recipe(path)
         if recipe.get("use_cpu"):
@@ -49,7 +49,7 @@ def table() -> str:
         for same, group in groupby(cells, itemgetter(1)):
             rows.append([name, ", ".join(str(gpus) for gpus, _ in group), *same])
             name = ""
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return markdown_table(heading, rows)
 
 
 def cell(recipe: Recipe, gpus: int, size: float) -> str:

@@ -213,7 +213,7 @@ def sample_batches(
     rows = [row_columns(item, questions.columns) for item in puzzles]
     template, reward = questions.task.template, success_reward(questions.task)
     render = template.renderer(questions.tokenizer, questions.chat_template_kwargs, rows[0])
-    per_batch = max(1, generator.batch // num_samples)  # puzzles
+    per_batch = questions.at_once(generator.batch)
     num_batches = math.ceil(len(puzzles) / per_batch)
     batches = []
     for first in range(0, num_batches, generator.num_processes):

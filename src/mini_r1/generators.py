@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -54,6 +54,10 @@ class Questions:
     columns: Mapping[str, Mapping[str, Any]] | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
     seed: int = 0
+
+    def at_once(self, batch: int) -> int:
+        """Puzzles in a batch of so many completions."""
+        return max(1, batch // self.task.num_eval_samples)
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def by_transformers(
     """
     task, tokenizer = questions.task, questions.tokenizer
     num_samples, length = task.num_eval_samples, questions.max_completion_length
-    per_batch = max(1, batch // num_samples)  # puzzles
+    per_batch = questions.at_once(batch)
     stops = stop_ids(model, tokenizer)
     generation = sampling(model, tokenizer, task, length, num_samples)
     logits = FiniteLogits()
@@ -127,10 +131,13 @@ def by_transformers(
 
     dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
     name = f"transformers {version('transformers')}, {dtype}, {batch} at a time"
-    devices = [model.device] if model.device.type == "cuda" else []
-    with _in_eval_mode(model), torch.inference_mode(), torch.random.fork_rng(devices=devices):
+    with _in_eval_mode(model), torch.inference_mode(), _random_state_kept(model.device):
         yield CompletionGenerator(name, batch, write, process, num_processes)
     logits.check()
+
+
+def _random_state_kept(device: torch.device) -> AbstractContextManager[None]:
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 @contextmanager
@@ -247,23 +254,21 @@ def by_training_vllm(
     All processes must call this, and write, together.
     """
     accelerator, request = trainer.accelerator, _Request(questions)
-    batch = quirks.vllm_batch(VLLM_BATCH, questions.task.max_prompt_length)
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with (
         quirks.vllm_with_current_weights(trainer) as vllm,
-        torch.random.fork_rng(devices=devices),
+        _random_state_kept(accelerator.device),
     ):
         if vllm.mode == "server":
             keeps = accelerator.is_main_process
             stops = stop_ids(accelerator.unwrap_model(trainer.model), questions.tokenizer)
             write = request.to_server(vllm.vllm_client, stops) if keeps else lambda *_: []
-            yield CompletionGenerator(_vllm_name("server"), batch, write, keeps=keeps)
+            yield CompletionGenerator(_vllm_name("server"), request.batch, write, keeps=keeps)
         else:
             # The processes of a tensor-parallel group hold one engine between them.
             group, place = divmod(accelerator.process_index, vllm.tensor_parallel_size)
             yield CompletionGenerator(
                 _vllm_name("colocated", vllm.llm),
-                batch,
+                request.batch,
                 request.to_engine(vllm.llm),
                 process=group,
                 num_processes=accelerator.num_processes // vllm.tensor_parallel_size,
@@ -283,7 +288,7 @@ def by_new_vllm(weights: str, questions: Questions) -> Generator[CompletionGener
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     vllm = import_module("vllm")  # is not in every environment
-    batch = quirks.vllm_batch(VLLM_BATCH, questions.task.max_prompt_length)
+    request = _Request(questions)
     with tempfile.TemporaryDirectory(prefix="mini-r1-merged-") as folder:
         if find_adapter(weights) is not None:
             load_merged(weights).save_pretrained(folder)
@@ -292,12 +297,11 @@ def by_new_vllm(weights: str, questions: Questions) -> Generator[CompletionGener
         engine = vllm.LLM(
             model=model_path(weights),
             max_model_len=questions.task.max_prompt_length + questions.max_completion_length,
-            max_num_seqs=batch,
+            max_num_seqs=request.batch,
             disable_log_stats=True,
         )
-        request = _Request(questions)
         name = _vllm_name("an engine of its own", engine)
-        yield CompletionGenerator(name, batch, request.to_engine(engine))
+        yield CompletionGenerator(name, request.batch, request.to_engine(engine))
     request.check()
 
 
@@ -307,10 +311,15 @@ def _vllm_name(place: str, engine: Any = None) -> str:
 
 
 class _Request:
-    """What is asked of a vLLM, and whether its log-probabilities were numbers."""
+    """What is asked of a vLLM, and whether its log-probabilities were numbers.
+
+    Attributes:
+        batch: completions at a time.
+    """
 
     def __init__(self, questions: Questions):
         self._questions, self._task = questions, questions.task
+        self.batch = quirks.vllm_batch(VLLM_BATCH, questions.task.max_prompt_length)
         self._broken = False
 
     def check(self) -> None:
@@ -376,7 +385,6 @@ class _Request:
 
     def _seeds(self, place: int) -> range:
         """Of the samples of a puzzle."""
-        first = (
-            uniform_hash("evaluate", self._questions.seed, place) >> 2
-        )  # 63 bits are what vLLM takes
+        # vLLM takes 63 bits, and counts up.
+        first = uniform_hash("evaluate", self._questions.seed, place) >> 2
         return range(first, first + self._task.num_eval_samples)

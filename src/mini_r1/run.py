@@ -50,6 +50,7 @@ from mini_r1.model_files import (
 from mini_r1.recipe import Recipe, TaskConfig, default_of, load_recipe
 from mini_r1.rollouts import ALL_FILE, Rollout, read_samples
 
+SECTION_END = "<!-- end -->"  # of what a program writes into a document
 RECIPE_FILE = "recipe.yaml"
 MANIFEST_FILE = "manifest.json"
 SUMMARY_FILE = "summary.json"
@@ -201,6 +202,20 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def write_section(document: Path, begin: str, text: str) -> None:
+    """Put what a program has found out into a document, between the line `begin` and SECTION_END.
+
+    Raises:
+        InputError: the document has no such lines.
+    """
+    before, found, rest = document.read_text(encoding="utf-8").partition(begin)
+    _, end, after = rest.partition(SECTION_END)
+    if not found or not end:
+        raise InputError(f"it has no lines '{begin}' and '{SECTION_END}'", where=document)
+    inside = text.strip("\n")
+    write_text(document, f"{before}{begin}\n\n{inside}\n\n{end}{after}")
 
 
 @contextmanager

@@ -5,10 +5,11 @@ With --write it goes into docs/reliability.md, between the two lines that say so
 
 import pytest
 
+from mini_r1.run import write_section
 from tests.faults.harness import ROOT, Zygote, clear, outcome, zygote
 
 DOC = ROOT / "docs" / "reliability.md"
-BEGIN, END = "<!-- seen by make test-faults -->\n", "<!-- end -->\n"
+BEGIN = "<!-- seen by make test-faults -->"
 seen: list[tuple[str, str, str]] = []
 
 
@@ -28,9 +29,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     terminalreporter.section("seen")
     terminalreporter.write(table)
     if config.getoption("write", False) and exitstatus == 0:
-        text = DOC.read_text()
-        start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-        DOC.write_text(f"{text[:start]}\n{table}\n{text[end:]}")
+        write_section(DOC, BEGIN, table)
 
 
 @pytest.fixture(scope="session")

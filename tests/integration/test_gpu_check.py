@@ -14,6 +14,7 @@ import pytest
 
 from mini_r1.launch.machine import Machine
 from mini_r1.scripts.gpu_check import SHORT_ON_CPU, Step, check
+from tests.integration import test_vllm
 
 pytestmark = [pytest.mark.slow, pytest.mark.minutes]
 
@@ -21,19 +22,6 @@ ROOT = Path(__file__).parents[2]
 TINY_CPU = ROOT / "recipes" / "tiny-cpu.yaml"
 WITH_VLLM = ROOT / ".venv-vllm"
 PARTS = {"generate", "rewards", "forward and backward", "optimizer", "rest"}
-OPTIONS = {
-    "max_steps": 3,
-    "save_strategy": "no",
-    "steps_per_generation": 4,
-    "per_device_train_batch_size": 16,
-    "num_generations": 4,
-    "max_completion_length": 40,
-    "vllm_max_model_length": 72,
-    "num_puzzles": 500,
-    "num_eval_puzzles": 20,
-    "num_eval_samples": 1,
-    "use_vllm": True,
-}
 
 NO_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
@@ -108,16 +96,10 @@ def test_a_curve_counts_as_far_as_it_came_and_a_shape_is_laid_beside_its_plan(tm
 
 @pytest.mark.skipif(not (WITH_VLLM / "installed").exists(), reason="needs vLLM: run make test-all")
 def test_the_parts_of_a_step_with_colocated_vllm(tmp_path):
-    words = [text for key, value in OPTIONS.items() for text in (f"--{key}", str(value))]
-    script, figures = ROOT / "tests" / "integration" / "vllm_on_cpu.py", tmp_path / "figures.json"
-    words += ["--figures", str(figures), "--random-weights", "tiny"]
-    words += ["--model_name_or_path", str(tmp_path / "tiny"), "--output_dir", str(tmp_path / "run")]
-    subprocess.run(
-        [str(WITH_VLLM / "bin" / "python"), str(script), "--config", str(TINY_CPU), *words],
-        check=True,
-        timeout=400,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    figures = tmp_path / "figures.json"
+    measured = ("--figures", str(figures), "--random-weights", "tiny")
+    changes = {"max_steps": 3, "save_strategy": "no", "model_name_or_path": tmp_path / "tiny"}
+    test_vllm.train(tmp_path / "run", *measured, **changes)
     found = json.loads(figures.read_text())
     assert len(found["steps"]) == 3
     for step in found["steps"][1:]:  # the evaluation before has sent the first one's weights

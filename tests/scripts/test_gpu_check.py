@@ -11,6 +11,7 @@ from mini_r1 import InputError
 from mini_r1.launch.machine import Machine
 from mini_r1.launch.plan import check_batch
 from mini_r1.recipe import load_recipe
+from mini_r1.run import SECTION_END
 from mini_r1.scripts import gpu_check
 from mini_r1.scripts.gpu_check import (
     MINUTES,
@@ -24,7 +25,7 @@ from mini_r1.scripts.gpu_check import (
     section,
     table,
     unlearned,
-    write_section,
+    write_figures,
 )
 
 TWO_H100 = Machine(2, 80.0)
@@ -177,21 +178,21 @@ def test_the_section_says_where_it_was_measured():
 def test_a_section_is_written_between_its_lines_and_nowhere_else(tmp_path):
     document, record = tmp_path / "doc.md", tmp_path / "record.json"
     record.write_text(json.dumps(RESULT))
-    document.write_text(f"# Before\n\n{gpu_check.BEGIN}\nold\n{gpu_check.END}\n\nafter\n")
-    write_section(document, record)
-    lines = f"{gpu_check.BEGIN}\n\n{section(RESULT)}\n\n{gpu_check.END}"
+    document.write_text(f"# Before\n\n{gpu_check.BEGIN}\nold\n{SECTION_END}\n\nafter\n")
+    write_figures(document, record)
+    lines = f"{gpu_check.BEGIN}\n\n{section(RESULT)}\n\n{SECTION_END}"
     assert document.read_text() == f"# Before\n\n{lines}\n\nafter\n"
     (tmp_path / "other.json").write_text("[1]")
     with pytest.raises(InputError, match=r"other\.json: not written by"):
-        write_section(document, tmp_path / "other.json")
+        write_figures(document, tmp_path / "other.json")
     document.write_text("# Before\n")
     with pytest.raises(InputError, match="it has no lines"):
-        write_section(document, record)
+        write_figures(document, record)
     assert document.read_text() == "# Before\n"
 
 
 def test_the_document_is_in_step_with_its_generator(tmp_path):
     copy = tmp_path / "benchmarks.md"
     copy.write_text(BENCHMARKS.read_text(encoding="utf-8"), encoding="utf-8")
-    write_section(copy, RECORD if RECORD.exists() else None)
+    write_figures(copy, RECORD if RECORD.exists() else None)
     assert copy.read_text(encoding="utf-8") == BENCHMARKS.read_text(encoding="utf-8")
